@@ -1,0 +1,6 @@
+"""Plugins that change training: losses beyond the pixel loss, the GAN, the weight average. One file each."""
+
+from rae.algorithms import adversarial, ema, perceptual
+from rae.algorithms.base import LossTerm, reached
+
+__all__ = ["LossTerm", "adversarial", "ema", "perceptual", "reached"]

@@ -1,0 +1,234 @@
+"""The GAN: a discriminator, trained beside the autoencoder, and its term in the autoencoder's loss."""
+
+from typing import Any, Literal
+
+import torch
+from composer import Algorithm, Event, Logger, State
+from composer.core import Precision, get_precision_context
+from composer.utils import dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rae.algorithms.base import reached
+from rae.discriminator import diff_augment
+from rae.losses import D_LOSSES, G_LOSSES, adaptive_weight, last_layer_gradient
+from rae.model import RAEModel, quantize, to_float
+from rae.registry import PluginEntry, TimeString, build, register
+
+
+class _Backpropagate(torch.autograd.Function):
+    """A scalar with a given value whose gradient at ``tensor`` is a given one."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return grad_output * gradient, None, None
+
+
+def gradient_at(loss: Tensor, tensor: Tensor, scale: float) -> Tensor:
+    """∂loss/∂tensor; ``scale`` keeps an fp16 backward pass from underflowing and is divided out again."""
+    (gradient,) = torch.autograd.grad(loss * scale, tensor)
+    return gradient.float() / scale
+
+
+@register("algorithm", "adversarial", context=("steps_per_epoch",))
+class Adversarial(Algorithm):
+    """The published GAN recipe: train a discriminator from ``discriminator_start``, add its term from ``start``.
+
+    One backward pass through each loss network: the gradients of the reconstruction losses and of the GAN loss
+    are taken at the reconstruction, give the adaptive weight by a matrix product with the last layer's input, and
+    go through the decoder together, once. The discriminator has an optimizer and a schedule of its own, which
+    advances when it updates; its gradients are averaged over ranks, so it stays identical on all of them.
+
+    Args:
+        steps_per_epoch: what ``ep`` counts in the schedule (supplied).
+        discriminator: ``{dino: {…}}`` is the published one.
+        optimizer, schedule: the discriminator's.
+        loss: its loss, ``hinge`` or ``vanilla`` (softplus).
+        generator_loss: ``linear`` (−mean logits) or ``softplus``.
+        weight: of the GAN term, times the adaptive weight.
+        adaptive: balance the two gradients at the last layer (:func:`rae.losses.adaptive_weight`).
+            With microbatches, the balance is struck in each.
+        max_adaptive_weight: its cap.
+        start: when the autoencoder begins to see the discriminator.
+        discriminator_start: when the discriminator begins to train.
+        updates_per_step: discriminator updates a step.
+        augment: DiffAug (:func:`rae.discriminator.diff_augment`) before the discriminator; a mapping overrides
+            its amounts, false turns it off.
+        fakes: ``fresh`` decodes the clean latents again with the updated weights, ``reused`` takes the step's
+            own reconstructions (of noised latents, from before the update).
+    """
+
+    def __init__(
+        self,
+        steps_per_epoch: int,
+        discriminator: PluginEntry("discriminator") = {"dino": {}},  # type: ignore[valid-type] # noqa: B006
+        optimizer: PluginEntry("optimizer") = {"adamw": {}},  # type: ignore[valid-type] # noqa: B006
+        schedule: PluginEntry("schedule") = {"warmup_cosine": {}},  # type: ignore[valid-type] # noqa: B006
+        loss: Literal["hinge", "vanilla"] = "hinge",
+        generator_loss: Literal["linear", "softplus"] = "linear",
+        weight: float = 0.75,
+        adaptive: bool = True,
+        max_adaptive_weight: float = 1e4,
+        start: TimeString = "8ep",
+        discriminator_start: TimeString = "6ep",
+        updates_per_step: int = 1,
+        augment: bool | dict[str, float] = True,
+        fakes: Literal["fresh", "reused"] = "fresh",
+    ):
+        if updates_per_step < 1:
+            raise ValueError(f"updates_per_step must be at least 1, not {updates_per_step}")
+        where = "algorithms.adversarial"
+        self.discriminator = build("discriminator", discriminator, f"{where}.discriminator")
+        self.parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
+        self.optimizer = build("optimizer", optimizer, f"{where}.optimizer", params=self.parameters)
+        factor = build(
+            "schedule",
+            schedule,
+            f"{where}.schedule",
+            base_lr=self.optimizer.param_groups[0]["lr"],
+            steps_per_epoch=steps_per_epoch,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.discriminator_loss, self.generator_loss = D_LOSSES[loss], G_LOSSES[generator_loss]
+        self.weight, self.adaptive, self.max_adaptive_weight = weight, adaptive, max_adaptive_weight
+        self.start, self.discriminator_start = start, discriminator_start
+        self.updates_per_step, self.fakes = updates_per_step, fakes
+        self.augmentation = {} if augment is True else augment
+        self.seen: list[tuple[Tensor, Tensor]] = []  # (image, latent or reconstruction) of each microbatch
+        self.adaptive_weights: list[Tensor] = []
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.INIT, Event.BATCH_START, Event.AFTER_LOSS, Event.BATCH_END)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.INIT:
+            self._to_device(state)
+        elif event == Event.BATCH_START:
+            self.seen, self.adaptive_weights = [], []
+        elif event == Event.AFTER_LOSS:
+            if reached(state, self.discriminator_start):
+                fake = state.outputs["latent" if self.fakes == "fresh" else "recon"].detach()
+                self.seen.append((state.batch["image"], fake))
+            if reached(state, self.start):
+                self._add_term(state)
+        elif self.seen:
+            for _ in range(self.updates_per_step):
+                figures = self._update(state)
+            logger.log_metrics(figures)
+            self.seen = []
+
+    def _to_device(self, state: State) -> None:
+        state.device.module_to_device(self.discriminator)
+        device = self.parameters[0].device
+        for p in self.parameters:  # a sharded load fills only what is already there
+            self.optimizer.state[p] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+        self.scaler = torch.amp.GradScaler(device.type, enabled=state.precision == Precision.AMP_FP16)
+
+    def _augmented(self, image: Tensor) -> Tensor:
+        return image if self.augmentation is False else diff_augment(image, **self.augmentation)  # type: ignore[arg-type]
+
+    def _add_term(self, state: State) -> None:
+        """Replace the total by one that also holds the GAN term and needs a single backward pass."""
+        recon, model = state.outputs["recon"], _unwrapped(state)
+        scale = state.scaler.get_scale() if state.precision == Precision.AMP_FP16 else 1.0
+        fake = recon.detach().requires_grad_()
+        self.discriminator.eval()
+        grad_rec = gradient_at(state.loss["total"], recon, scale)
+        with get_precision_context(state.precision):
+            logits = self.discriminator(self._augmented(fake))
+        gan = self.generator_loss(logits.float())
+        grad_gan = gradient_at(gan, fake, scale)
+        weight = self.weight * self._balance(grad_rec, grad_gan, state.outputs["hidden"], model)
+        total = state.loss["total"].detach() + weight * gan.detach()
+        state.loss["gan"] = gan.detach()
+        state.loss["total"] = _Backpropagate.apply(recon, grad_rec + weight * grad_gan, total)
+
+    def _balance(self, grad_rec: Tensor, grad_gan: Tensor, hidden: Tensor, model: RAEModel) -> Tensor:
+        if not self.adaptive:
+            return torch.ones((), device=grad_rec.device)
+        with torch.no_grad():
+            gradients = torch.stack(
+                [
+                    last_layer_gradient(g * model.rae.image_std, hidden, model.rae.decoder.patch_size)
+                    for g in (grad_rec, grad_gan)
+                ]
+            )
+            dist.all_reduce(gradients)
+            gradients /= dist.get_world_size()
+            weight = adaptive_weight(gradients[0], gradients[1], self.max_adaptive_weight)
+        self.adaptive_weights.append(weight)
+        return weight
+
+    def _update(self, state: State) -> dict[str, float]:
+        """One discriminator step on the step's images, microbatched as the autoencoder's was."""
+        self.discriminator.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        samples = sum(len(image) for image, _ in self.seen)
+        figures = torch.zeros(4, device=self.parameters[0].device)
+        for image, fake in self.seen:
+            share = len(image) / samples
+            with get_precision_context(state.precision):
+                with torch.no_grad():
+                    fake = quantize(_unwrapped(state).rae.decode(fake) if self.fakes == "fresh" else fake)
+                logits_real = self.discriminator(self._augmented(to_float(image))).float()
+                logits_fake = self.discriminator(self._augmented(fake)).float()
+            loss = self.discriminator_loss(logits_real, logits_fake)
+            self.scaler.scale(loss * share).backward()
+            accuracy = (logits_real > logits_fake).float().mean()
+            figures += share * torch.stack([loss, logits_real.mean(), logits_fake.mean(), accuracy]).detach()
+        self._average_gradients()
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        return self._named(figures, learning_rate)
+
+    def _average_gradients(self) -> None:
+        if dist.get_world_size() == 1:
+            return
+        gradients = [p.grad for p in self.parameters]
+        flat = torch.cat([g.flatten() for g in gradients]) / dist.get_world_size()
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _named(self, figures: Tensor, learning_rate: float) -> dict[str, float]:
+        dist.all_reduce(figures)
+        names = ("loss", "logits_real", "logits_fake", "accuracy")
+        named = dict(zip(names, (figures / dist.get_world_size()).tolist(), strict=True))
+        named = {f"discriminator/{name}": value for name, value in named.items()}
+        named["discriminator/lr"] = learning_rate
+        if self.adaptive_weights:
+            named["gan/adaptive_weight"] = torch.stack(self.adaptive_weights).mean().item()
+        return named
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "discriminator": self.discriminator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _unwrapped(state: State) -> RAEModel:
+    model = state.model
+    return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]

@@ -1,0 +1,66 @@
+"""Every logged figure, one JSON object a step, in a file."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Logger, State
+from composer.loggers import LoggerDestination
+from composer.utils import dist
+
+from rae.registry import register
+
+
+@register("logger", "jsonl", context=("run_dir",))
+class JSONLines(LoggerDestination):
+    """Append one line a step, ``{"batch": 3, "loss/train/l1": 0.08, …}``; evaluations have lines of their own.
+
+    ``batch`` counts finished steps. A resumed run drops the lines after its checkpoint and goes on.
+
+    Args:
+        run_dir: the run's folder (supplied).
+        filename: in that folder.
+    """
+
+    def __init__(self, run_dir: str, filename: str = "metrics.jsonl"):
+        self.path = Path(run_dir) / filename
+        self.pending: dict[str, Any] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if dist.get_global_rank() == 0:
+            self.pending.update({name: _number(value) for name, value in metrics.items()})
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() != 0:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        done, kept = int(state.timestamp.batch), []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    if json.loads(line)["batch"] <= done:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError):  # the line that a killed run left unfinished
+                    continue
+        self.path.write_text("".join(kept))
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._flush(state)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self._flush(state)
+
+    def _flush(self, state: State) -> None:
+        if not self.pending:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"batch": int(state.timestamp.batch), **self.pending}) + "\n")
+        self.pending = {}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    return value if not isinstance(value, float) or math.isfinite(value) else None

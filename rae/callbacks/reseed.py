@@ -1,0 +1,24 @@
+"""One seed a step, so that a resumed step draws what the undisturbed one drew."""
+
+import numpy as np
+import torch
+from composer import Callback, Logger, State
+from composer.utils import dist
+
+
+class Reseed(Callback):
+    """Seed torch's generators from (seed, step, rank) before every step. Always on.
+
+    Composer saves the generators' states, but does not restore them when Streaming resumes in mid-epoch. A seed
+    a step needs nothing restored: latent noise and DiffAug depend on where training is, not on how it got there.
+
+    Args:
+        seed: the run's.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        entropy = [self.seed, int(state.timestamp.batch), dist.get_global_rank()]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))

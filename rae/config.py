@@ -1,0 +1,198 @@
+"""A run's configuration: YAML and overrides, checked before anything heavy is imported or built."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from yaml import YAMLError
+
+from rae.registry import UserError, explain
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Plugin = dict[str, Any] | str
+"""One plugin: ``{name: {argument: value}}``, or its name alone."""
+Plugins = dict[str, dict[str, Any] | None]
+"""Several, in order."""
+
+
+class Section(BaseModel):
+    """A part of the configuration; keys that it does not name are errors."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
+
+
+class TrainData(Section):
+    """Where training images come from, and how they are augmented."""
+
+    path: str
+    """MDS shards: a local folder, or ``s3://``, ``gs://``, ``oci://``, ``azure://``."""
+    cache: str | None = None
+    """Local folder for shards of a remote path; by default ``<run_dir>/cache/train``."""
+    shuffle: bool = True
+    flip: bool = False
+    """Random horizontal flips (the published recipe has none)."""
+    resize: PositiveInt | None = None
+    """Short side before the random crop; by default int(1.5 · image_size)."""
+
+
+class EvalData(Section):
+    """Where evaluation images come from."""
+
+    path: str
+    cache: str | None = None
+    limit: PositiveInt | None = None
+    """Use the first so many images only."""
+
+
+class Data(Section):
+    """Streams and batches."""
+
+    image_size: PositiveInt = 256
+    batch_size: PositiveInt = 512
+    """Over all ranks and microbatches."""
+    eval_batch_size: PositiveInt | None = None
+    """Over all ranks; by default as batch_size."""
+    workers: Annotated[int, Field(ge=0)] = 8
+    """Loader processes a rank."""
+    prefetch: PositiveInt = 2
+    """Batches that each worker keeps ready."""
+    num_canonical_nodes: PositiveInt = 1
+    """Fixes the sample order for every number of ranks. Set it to the number of nodes, or a multiple, on a cluster,
+    so that each node downloads its own part."""
+    train: TrainData
+    eval: EvalData | None = None
+    streaming: dict[str, Any] = {}
+    """Further arguments of streaming.StreamingDataset (cache_limit, predownload, validate_hash, …)."""
+
+
+class DecoderSizes(Section):
+    """See :class:`rae.decoder.Decoder`."""
+
+    size: Literal["ViTB", "ViTL", "ViTXL"] | None = None
+    patch_size: PositiveInt = 16
+    embed_dim: PositiveInt | None = None
+    depth: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    mlp_dim: PositiveInt | None = None
+    trainable_positions: bool = False
+    weights: str | None = None
+    """A published decoder file to start from."""
+
+
+class Model(Section):
+    """The autoencoder."""
+
+    encoder: Plugin
+    decoder: DecoderSizes
+    noise_tau: Annotated[float, Field(ge=0)] = 0.8
+    noise: Literal["uniform", "half_normal"] = "uniform"
+    latent_stats: str | None = None
+    pixel_loss: Plugin = "l1"
+
+
+class Config(Section):
+    """The whole run."""
+
+    run_name: str
+    run_dir: str
+    """Local folder for the resolved configuration, metrics, pictures and, by default, checkpoints."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    imports: list[str] = []
+    """Your own plugin files (or modules)."""
+    data: Data
+    model: Model
+    optimizer: Plugin = "adamw"
+    schedule: Plugin | None = None
+    algorithms: Plugins = {}
+    callbacks: Plugins = {}
+    loggers: Plugins = {}
+    metrics: Plugins = {}
+    parallelism: Literal["ddp", "fsdp"] = "ddp"
+    fsdp: dict[str, Any] = {}
+    """Arguments of Composer's FSDP2Config."""
+    trainer: dict[str, Any]
+    """Arguments of composer.Trainer, as they are; max_duration is required."""
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """Read a YAML file, apply ``key.sub=value`` overrides, resolve interpolations, and check every key and type.
+
+    Raises:
+        UserError: the file is missing or not YAML; an unknown key, wrong type or missing value.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no configuration file {path!r}")
+    for override in overrides:
+        if "=" not in override.lstrip("="):
+            raise UserError(f"override {override!r} must have the form key=value or key.sub=value")
+    try:
+        loaded = OmegaConf.load(path)
+        if isinstance(loaded, ListConfig):
+            raise UserError(f"{path}: a configuration is a mapping of keys, not a list")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
+        assert isinstance(merged, DictConfig)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"missing value: {missing[0]} is required; set it in {path} or as {missing[0]}=…")
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    try:
+        return Config.model_validate(plain)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        known = _known_keys(fault["loc"][:-1]) if fault["type"] == "extra_forbidden" else ()
+        raise UserError(explain(error, "", known)) from error
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML; it can be run again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
+
+
+def world_size() -> int:
+    """Ranks of this launch, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """This process's rank, as the launcher says."""
+    return int(os.environ.get("RANK", 0))
+
+
+def check_data(config: Config) -> None:
+    """Check batch sizes against ranks, and that local data sets are there.
+
+    Raises:
+        UserError: a batch that ranks cannot share equally; a path that is missing or holds no index.json.
+    """
+    ranks, data = world_size(), config.data
+    for key in ("batch_size", "eval_batch_size"):
+        size = getattr(data, key)
+        if size is not None and size % ranks:
+            raise UserError(f"data.{key}: {size} cannot be shared equally by {ranks} ranks")
+    for key in ("train", "eval"):
+        split = getattr(data, key)
+        if split is None or "://" in split.path:
+            continue
+        if not Path(split.path).is_dir():
+            raise UserError(
+                f"data.{key}.path: there is no folder {split.path!r}; make it with convert/imagefolder_to_mds.py"
+            )
+        if not (Path(split.path) / "index.json").is_file():
+            raise UserError(f"data.{key}.path: {split.path!r} holds no index.json, so it is no finished MDS data set")

@@ -1,0 +1,170 @@
+"""Streamed image data: MDS shards to uint8 batches, with augmentation that depends on (seed, epoch, sample) alone."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as tvf
+from PIL import Image, ImageOps
+from streaming import StreamingDataLoader, StreamingDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.io import ImageReadMode, decode_jpeg
+
+Transform = Callable[[bytes, np.random.Generator], Tensor]
+
+
+def decode(data: bytes) -> Tensor:
+    """Image file bytes -> uint8 (3, H, W), upright.
+
+    JPEG goes through libjpeg-turbo in torchvision; everything else, and JPEGs that torchvision rejects, through
+    Pillow. Transparent pixels come out over black, 16-bit samples are scaled to 8.
+
+    Raises:
+        PIL.UnidentifiedImageError, OSError: not an image, or a damaged one.
+    """
+    if data[:2] == b"\xff\xd8":
+        try:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError:
+            pass
+    return torch.from_numpy(np.array(open_rgb(data))).permute(2, 0, 1)
+
+
+def open_rgb(data: bytes) -> Image.Image:
+    """Image file bytes -> a decoded, upright Pillow image in RGB (an animation's first frame)."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode.startswith("I"):  # Pillow's own conversion of 16-bit grey clips instead of scaling
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def train_transform(size: int, resize_to: int | None = None, flip: bool = False) -> Transform:
+    """Short side to ``resize_to`` (bicubic, antialiased), random crop of ``size``, and a random flip if wanted.
+
+    Args:
+        resize_to: default int(1.5·size), the reference's; an image already so is not resampled.
+    """
+    short = resize_to or int(1.5 * size)
+    if short < size:
+        raise ValueError(f"resize_to {short} is smaller than the crop, {size}")
+
+    def transform(data: bytes, rng: np.random.Generator) -> Tensor:
+        image = decode(data)
+        if min(image.shape[1:]) != short:
+            image = tvf.resize(image, [short], interpolation=tvf.InterpolationMode.BICUBIC, antialias=True)
+        top, left = (int(rng.integers(0, side - size + 1)) for side in image.shape[1:])
+        image = image[:, top : top + size, left : left + size]
+        return image.flip(2) if flip and rng.integers(2) else image
+
+    return transform
+
+
+def eval_transform(size: int) -> Transform:
+    """ADM's centre crop (arXiv 2105.05233): halve with a box filter, then bicubic, then crop."""
+
+    def transform(data: bytes, rng: np.random.Generator) -> Tensor:
+        return torch.from_numpy(np.array(center_crop(open_rgb(data), size))).permute(2, 0, 1)
+
+    return transform
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop of a Pillow image to ``size`` × ``size``."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class ImageDataset(StreamingDataset):
+    """MDS shards of encoded images (columns ``image``: bytes, ``label``: int) as uint8 tensors.
+
+    Args:
+        transform: bytes and a random generator -> uint8 (3, S, S). The generator is seeded by
+            (seed, epoch, sample), so an image's augmentation is the same whichever worker or rank draws it.
+        seed: of shuffling and augmentation.
+        kwargs: of :class:`streaming.StreamingDataset`.
+    """
+
+    def __init__(self, *, transform: Transform, seed: int, **kwargs: Any):
+        super().__init__(shuffle_seed=seed, **kwargs)
+        self.transform, self.seed = transform, seed
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        sample = super().get_item(sample_id, retry)
+        # next_epoch counts begun epochs in shared memory, so workers of one epoch agree on it.
+        rng = np.random.default_rng([self.seed, self.next_epoch, sample_id])
+        try:
+            image = self.transform(sample["image"], rng)
+        except Exception as error:
+            name = sample.get("path", "without a path column")
+            raise RuntimeError(f"cannot decode sample {sample_id} ({name}): {error}") from error
+        return {"image": image, "label": int(sample.get("label", -1))}
+
+
+class IndexedImages(Dataset):
+    """An :class:`ImageDataset` read by index, in order: what evaluation and pictures need."""
+
+    def __init__(self, images: ImageDataset, limit: int | None = None):
+        self.images = images
+        self.length = min(images.size, limit or images.size)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.images[index]
+
+
+def open_dataset(path: str, cache: str | Path, **kwargs: Any) -> ImageDataset:
+    """An :class:`ImageDataset` on a local folder, or on a remote one through the local folder ``cache``."""
+    if is_remote(path):
+        return ImageDataset(remote=path, local=str(cache), **kwargs)
+    return ImageDataset(local=path, **kwargs)
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL (``s3://…``) rather than a local one."""
+    return "://" in path
+
+
+def train_loader(dataset: ImageDataset, batch_size: int, workers: int, prefetch: int) -> DataLoader:
+    """Batches {image: uint8 (B, 3, S, S), label: int64 (B,)} of ``batch_size`` a rank, with a resumable position."""
+    return StreamingDataLoader(dataset, drop_last=True, **_loader_options(batch_size, workers, prefetch))
+
+
+def eval_loader(
+    dataset: ImageDataset, batch_size: int, workers: int, prefetch: int, limit: int | None, rank: int, world_size: int
+) -> DataLoader:
+    """The images in order, each once, shared out over ranks (Composer drops the sampler's padding)."""
+    images = IndexedImages(dataset, limit)
+    sampler = DistributedSampler(images, num_replicas=world_size, rank=rank, shuffle=False)
+    return DataLoader(images, sampler=sampler, **_loader_options(batch_size, workers, prefetch))
+
+
+def _loader_options(batch_size: int, workers: int, prefetch: int) -> dict[str, Any]:
+    return dict(
+        batch_size=batch_size,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_one_thread,
+        generator=torch.Generator().manual_seed(0),  # the global generator is the training step's alone
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,0 +1,74 @@
+"""What every encoder is, and how encoders are loaded from Hugging Face folders."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from rae.layers import Normalize, resize
+from rae.registry import UserError
+
+
+class Encoder(nn.Module):
+    """An image encoder. Subclasses set up a backbone and define :meth:`tokens`.
+
+    Args:
+        embed_dim: latent channels C.
+        input_size: side in pixels that the backbone sees; images of another size are resized to it (bicubic).
+        grid: latent tokens a side.
+        mean, std: the backbone's normalisation, three numbers each, for images in [0, 1].
+    """
+
+    def __init__(self, embed_dim: int, input_size: int, grid: int, mean, std):
+        super().__init__()
+        self.embed_dim, self.input_size, self.grid = embed_dim, input_size, grid
+        self.normalize = Normalize(mean, std)
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """Normalised image (B, 3, input_size, input_size) -> tokens (B, grid², embed_dim)."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image (B, 3, H, W) in [0, 1] -> tokens (B, grid², embed_dim)."""
+        return self.tokens(self.normalize(resize(image, self.input_size)))
+
+
+def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A transformers model and its image processor's settings, from a hub id or a local folder.
+
+    Raises:
+        UserError: neither a local folder nor reachable on the hub, or of another architecture.
+    """
+    from transformers import BaseImageProcessor
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it lists the weights that a part of a model leaves unused
+    try:
+        processor, _ = BaseImageProcessor.get_image_processor_dict(name)
+        model = model_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot load the encoder {name!r}: {reason} (give a hub id, with a connection or a filled cache, "
+            "or the path of a folder that transformers saved)"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return model, processor
+
+
+def without_affine(norm: nn.Module) -> nn.LayerNorm:
+    """The same LayerNorm without weight and bias: RAE latents are normalised, not rescaled."""
+    assert isinstance(norm, nn.LayerNorm)
+    return nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+
+
+def grid_of(input_size: int, patch_size: int) -> int:
+    """Tokens a side.
+
+    Raises:
+        ValueError: the size is not a multiple of the patch.
+    """
+    if input_size % patch_size:
+        raise ValueError(f"input_size {input_size} is not a multiple of the encoder's patch size {patch_size}")
+    return input_size // patch_size

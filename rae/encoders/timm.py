@@ -1,0 +1,54 @@
+"""Any timm backbone as an encoder."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rae.backbones import TimmFeatures
+from rae.encoders.base import Encoder
+from rae.registry import register
+
+
+@register("encoder", "timm")
+class Timm(Encoder):
+    """Feature maps of chosen levels, each normalised over its channels, on one grid, side by side.
+
+    Args:
+        model: timm's model name, e.g. ``tf_efficientnet_lite0`` or ``vit_base_patch14_dinov2.lvd142m``.
+        levels: indices into the model's ``feature_info``, or None for the last level.
+        weights: see :class:`rae.backbones.TimmFeatures`.
+        input_size: pixels a side.
+        grid: latent tokens a side; None is the finest chosen level's. Finer maps are averaged down to the
+            grid, coarser ones enlarged (bilinear).
+    """
+
+    def __init__(
+        self,
+        model: str,
+        levels: list[int] | None = None,
+        weights: str | None = None,
+        input_size: int = 224,
+        grid: int | None = None,
+    ):
+        features = TimmFeatures(model, levels or [-1], weights, input_size).eval()
+        with torch.no_grad():
+            maps = features(torch.zeros(1, 3, input_size, input_size))
+        grid = grid or max(f.shape[-1] for f in maps)
+        super().__init__(sum(features.channels), input_size, grid, features.mean, features.std)
+        self.backbone = features.network
+
+    def tokens(self, image: Tensor) -> Tensor:
+        maps = [self._on_grid(_normalize_channels(f)) for f in self.backbone(image)]
+        return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
+
+    def _on_grid(self, feature: Tensor) -> Tensor:
+        size = feature.shape[-1]
+        if size == self.grid:
+            return feature
+        if size > self.grid:
+            return F.adaptive_avg_pool2d(feature, self.grid)
+        return F.interpolate(feature, size=(self.grid, self.grid), mode="bilinear", align_corners=False)
+
+
+def _normalize_channels(feature: Tensor) -> Tensor:
+    return F.layer_norm(feature.movedim(1, -1), feature.shape[1:2]).movedim(-1, 1)

@@ -1,0 +1,139 @@
+"""Losses between images in [0, 1], GAN losses on logits, and the adaptive weight between them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rae.backbones import TimmFeatures, read_state_dict, weight_file
+from rae.layers import Frozen, patchify
+from rae.registry import UserError, register
+
+
+@register("pixel_loss", "l1")
+def l1() -> nn.Module:
+    """Mean absolute error."""
+    return nn.L1Loss()
+
+
+@register("pixel_loss", "mse")
+def mse() -> nn.Module:
+    """Mean squared error."""
+    return nn.MSELoss()
+
+
+def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """½(mean relu(1 − real) + mean relu(1 + fake)) (Geometric GAN, arXiv 1705.02894)."""
+    return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
+
+
+def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """½(mean softplus(−real) + mean softplus(fake)) (arXiv 1406.2661)."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+def linear_g_loss(logits_fake: Tensor) -> Tensor:
+    """−mean(fake): the generator's side of the hinge loss, and what the public recipe calls ``vanilla``."""
+    return -logits_fake.mean()
+
+
+def softplus_g_loss(logits_fake: Tensor) -> Tensor:
+    """mean softplus(−fake): the non-saturating loss (arXiv 1406.2661)."""
+    return F.softplus(-logits_fake).mean()
+
+
+D_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
+G_LOSSES = {"linear": linear_g_loss, "softplus": softplus_g_loss}
+
+
+def last_layer_gradient(grad_image: Tensor, hidden: Tensor, patch_size: int) -> Tensor:
+    """The gradient of the decoder's last weight, from the gradient at the (normalised) image, in fp32.
+
+    A linear layer's weight gradient is the outer product of output gradient and input, summed over tokens:
+    no second backward through the decoder, and nothing differentiated with respect to a sharded parameter.
+
+    Args:
+        grad_image: (B, 3, H, W), ∂loss/∂(normalised image).
+        hidden: (B, N, D), the last layer's input.
+
+    Returns:
+        (p·p·3, D)
+    """
+    grad_tokens = patchify(grad_image, patch_size).flatten(0, 1).float()
+    return grad_tokens.T @ hidden.detach().flatten(0, 1).float()
+
+
+def adaptive_weight(grad_rec: Tensor, grad_gan: Tensor, maximum: float = 1e4) -> Tensor:
+    """‖∂L_rec/∂W‖ / (‖∂L_gan/∂W‖ + 1e-6), clamped to [0, maximum] (VQGAN, arXiv 2012.09841, eq. 7)."""
+    return (grad_rec.norm() / (grad_gan.norm() + 1e-6)).clamp(0, maximum)
+
+
+class LPIPS(nn.Module):
+    """LPIPS (arXiv 1801.03924), version 0.1, on images in [0, 1]; the mean over the batch.
+
+    Args:
+        network: ``vgg``, ``alex`` or ``squeeze``.
+        weights: the torchvision backbone: None downloads it, a path is read (torchvision's own state dict).
+
+    Raises:
+        UserError: the weights cannot be had, or are not the network's.
+    """
+
+    def __init__(self, network: str = "vgg", weights: str | None = None):
+        super().__init__()
+        import lpips
+
+        model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+        state = _torchvision_weights(network) if weights is None else read_state_dict(weight_file(weights))
+        backbone = {}
+        for name in model.net.state_dict():  # slice2.5.weight is torchvision's features.5.weight
+            source = "features." + name.split(".", 1)[1]
+            if source not in state or state[source].shape != model.net.state_dict()[name].shape:
+                raise UserError(f"lpips: the tensors in {weights} are not those of torchvision's {network}")
+            backbone[name] = state[source]
+        model.net.load_state_dict(backbone)
+        self.model = Frozen(model)
+
+    def forward(self, recon: Tensor, image: Tensor) -> Tensor:
+        return self.model(recon * 2 - 1, image * 2 - 1).mean()
+
+
+def _torchvision_weights(network: str) -> dict[str, Tensor]:
+    from urllib.error import URLError
+
+    from torchvision import models
+
+    weights = {
+        "vgg": models.VGG16_Weights.IMAGENET1K_V1,
+        "alex": models.AlexNet_Weights.IMAGENET1K_V1,
+        "squeeze": models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
+    }[network]
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except URLError as error:
+        raise UserError(
+            f"lpips: cannot download {weights.url} ({error.reason}); fetch it elsewhere and give its path as weights:"
+        ) from error
+
+
+class FeatureDistance(nn.Module):
+    """LPIPS's form without learned weights, on a timm network's features; the mean over the batch.
+
+    At each level, features are scaled to unit length over channels, and the squared difference is summed
+    over channels and averaged over places; levels are added.
+
+    Args:
+        model, levels, weights: see :class:`rae.backbones.TimmFeatures`.
+    """
+
+    def __init__(self, model: str, levels: list[int] | None = None, weights: str | None = None):
+        super().__init__()
+        self.features = Frozen(TimmFeatures(model, levels, weights))
+
+    def forward(self, recon: Tensor, image: Tensor) -> Tensor:
+        with torch.no_grad():
+            targets = [F.normalize(f, dim=1) for f in self.features(image)]
+        outputs = [F.normalize(f, dim=1) for f in self.features(recon)]
+        return sum(
+            ((o - t).square().sum(dim=1).mean() for o, t in zip(outputs, targets, strict=True)),
+            start=recon.new_zeros(()),
+        )

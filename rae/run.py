@@ -1,0 +1,240 @@
+"""From a configuration to a Composer Trainer."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Evaluator, Trainer
+from composer.core import Precision
+from composer.optim import ComposerScheduler
+from composer.utils import dist, get_device, reproducibility
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from streaming import StreamingDataset
+from torch.optim.lr_scheduler import LambdaLR
+
+from rae.algorithms.ema import LIVE_SUFFIX
+from rae.callbacks.reseed import Reseed
+from rae.config import Config, check_data, rank, save_config, world_size
+from rae.data import ImageDataset, eval_loader, eval_transform, open_dataset, train_loader, train_transform
+from rae.decoder import Decoder, load_published
+from rae.model import RAE, RAEModel
+from rae.registry import UserError, build, check_arguments, check_plugin, import_plugins, parse_time
+
+log = logging.getLogger(__name__)
+
+# What build_trainer passes itself: another mechanism of the configuration decides each of these.
+_OURS = (
+    "model", "train_dataloader", "eval_dataloader", "optimizers", "schedulers", "algorithms", "callbacks", "loggers",
+    "parallelism_config", "seed", "run_name",
+)  # fmt: skip
+_OUR_STREAMING = ("streams", "remote", "local", "batch_size", "shuffle", "shuffle_seed", "num_canonical_nodes")
+_TIMES = ("max_duration", "save_interval", "eval_interval")
+
+
+def check(config: Config) -> None:
+    """Check everything that can be checked without loading data or a model: plugins, arguments, times, paths.
+
+    Raises:
+        UserError: the first fault.
+    """
+    import_plugins(config.imports)
+    check_data(config)
+    check_plugin("encoder", config.model.encoder, "model.encoder")
+    check_plugin("pixel_loss", config.model.pixel_loss, "model.pixel_loss")
+    check_plugin("optimizer", config.optimizer, "optimizer")
+    if config.schedule is not None:
+        check_plugin("schedule", config.schedule, "schedule")
+    for kind in ("algorithm", "callback", "logger", "metric"):
+        for name, arguments in getattr(config, f"{kind}s").items():
+            check_plugin(kind, {name: arguments}, f"{kind}s")
+    check_arguments(FSDP2Config, config.fsdp, "fsdp")
+    check_arguments(StreamingDataset, config.data.streaming, "data.streaming", _OUR_STREAMING)
+    _check_trainer(config.trainer)
+
+
+def _check_trainer(arguments: dict[str, Any]) -> None:
+    for key in _OURS:
+        if key in arguments:
+            raise UserError(f"trainer.{key}: this is set by the configuration's own sections, not under trainer:")
+    check_arguments(Trainer, arguments, "trainer", _OURS)
+    if arguments.get("max_duration") is None:
+        raise UserError("missing value: trainer.max_duration is required, such as 16ep")
+    if arguments.get("device_train_microbatch_size") == "auto":
+        raise UserError("trainer.device_train_microbatch_size: 'auto' is not supported; give a number of images a rank")
+    if arguments.get("device") == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.device: this machine has no GPU that torch can use; leave the key out for the CPU")
+    for key in _TIMES:
+        value = arguments.get(key)
+        if isinstance(value, str):
+            try:
+                parse_time(value)
+            except ValueError as error:
+                raise UserError(f"trainer.{key}: {error}") from error
+
+
+def build_model(config: Config) -> RAEModel:
+    """The autoencoder that the configuration describes, for Composer."""
+    encoder = build("encoder", config.model.encoder, "model.encoder")
+    sizes = config.model.decoder.model_dump(exclude={"weights"})
+    try:
+        decoder = Decoder(encoder.embed_dim, config.data.image_size, **sizes)
+    except ValueError as error:
+        raise UserError(f"model.decoder: {error}") from error
+    if config.model.decoder.weights:
+        load_published(decoder, config.model.decoder.weights)
+    rae = RAE(encoder, decoder, config.model.noise_tau, config.model.noise, config.model.latent_stats)
+    pixel = check_plugin("pixel_loss", config.model.pixel_loss, "model.pixel_loss")
+    metrics = {name: build("metric", {name: arguments}, "metrics") for name, arguments in config.metrics.items()}
+    return RAEModel(rae, build("pixel_loss", pixel, "model.pixel_loss"), next(iter(pixel)), metrics)
+
+
+def build_trainer(config: Config) -> Trainer:
+    """A Trainer ready to fit; the resolved configuration is saved in the run's folder.
+
+    Raises:
+        UserError: something that :func:`check` could not see: weights, shapes, too little data.
+    """
+    arguments = dict(config.trainer)
+    arguments["precision"] = _precision(arguments.get("precision"), arguments.get("device"))
+    device = get_device(arguments.get("device"))
+    dist.initialize_dist(device, timeout=arguments.get("dist_timeout", 300.0))
+    if rank() == 0:
+        save_config(config, Path(config.run_dir) / "config.yaml")
+    evaluation = _open_eval(config)
+    loader = _train_loader(config)
+    reproducibility.seed_all(config.seed)  # every rank starts from the same weights
+    model = device.module_to_device(build_model(config))
+    optimizer = build("optimizer", config.optimizer, "optimizer", params=_trained(model))
+    context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation)
+    algorithms = _build_all("algorithm", config.algorithms, context)
+    # The GAN's term closes the loss: it replaces the total by one that is back-propagated once.
+    algorithms.sort(key=lambda algorithm: type(algorithm).__name__ == "Adversarial")
+    arguments.setdefault("save_folder", f"{config.run_dir}/checkpoints")
+    arguments.setdefault("progress_bar", True)
+    arguments.setdefault("auto_log_hparams", False)
+    return Trainer(
+        model=model,
+        train_dataloader=loader,
+        eval_dataloader=_evaluators(config, evaluation, algorithms),
+        optimizers=optimizer,
+        schedulers=_schedule(config, optimizer, len(loader)),
+        step_schedulers_every_batch=True,
+        algorithms=algorithms,
+        callbacks=[Reseed(config.seed), *_build_all("callback", config.callbacks, context)],
+        loggers=_build_all("logger", config.loggers, context),
+        parallelism_config=_parallelism(config),
+        seed=config.seed,
+        run_name=config.run_name,
+        **arguments,
+    )
+
+
+def _precision(wanted: str | None, device: str | None) -> str:
+    on_gpu = torch.cuda.is_available() if device is None else device == "gpu"
+    if wanted is None:
+        return "amp_bf16" if on_gpu else "fp32"
+    if wanted not in [p.value for p in Precision]:
+        raise UserError(f"trainer.precision: unknown precision {wanted!r}; use fp32, amp_bf16 or amp_fp16")
+    if not on_gpu and wanted != "fp32":
+        if rank() == 0:
+            log.warning("trainer.precision: %s needs a GPU; on this CPU the run uses fp32", wanted)
+        return "fp32"
+    return wanted
+
+
+def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _open(path: str, cache: str, where: str, **arguments: Any) -> ImageDataset:
+    try:
+        return open_dataset(path, cache, **arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{where}.path: cannot open {path!r}: {reason}") from error
+
+
+def _train_loader(config: Config) -> Any:
+    data, source, batch_size = config.data, config.data.train, config.data.batch_size // world_size()
+    dataset = _open(
+        source.path,
+        source.cache or f"{config.run_dir}/cache/train",
+        "data.train",
+        transform=train_transform(data.image_size, source.resize, source.flip),
+        seed=config.seed,
+        shuffle=source.shuffle,
+        batch_size=batch_size,
+        num_canonical_nodes=data.num_canonical_nodes,
+        **data.streaming,
+    )
+    loader = train_loader(dataset, batch_size, data.workers, data.prefetch)
+    if len(loader) == 0:
+        raise UserError(f"data.train.path: {dataset.size} images are fewer than one batch of {data.batch_size}")
+    return loader
+
+
+def _open_eval(config: Config) -> ImageDataset | None:
+    source = config.data.eval
+    if source is None:
+        return None
+    cache = source.cache or f"{config.run_dir}/cache/eval"
+    transform = eval_transform(config.data.image_size)
+    return _open(source.path, cache, "data.eval", transform=transform, seed=config.seed, **config.data.streaming)
+
+
+def _build_all(kind: str, entries: dict[str, Any], context: dict[str, Any]) -> list[Any]:
+    return [build(kind, {name: arguments}, f"{kind}s", **context) for name, arguments in entries.items()]
+
+
+def _evaluators(config: Config, images: ImageDataset | None, algorithms: Iterable[Any]) -> list[Evaluator] | None:
+    if images is None or not config.metrics:
+        return None
+    data, source = config.data, config.data.eval
+    assert source is not None
+    labels = ["eval"]
+    if any(getattr(algorithm, "evaluate", None) == "both" for algorithm in algorithms):
+        labels.append("eval" + LIVE_SUFFIX)
+    batch_size = (data.eval_batch_size or data.batch_size) // world_size()
+    return [
+        Evaluator(
+            label=label,
+            dataloader=eval_loader(images, batch_size, data.workers, data.prefetch, source.limit, rank(), world_size()),
+            metric_names=list(config.metrics),
+        )
+        for label in labels
+    ]
+
+
+def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+    if config.schedule is None:
+        return None
+    base_lr = optimizer.param_groups[0]["lr"]
+    schedule = build("schedule", config.schedule, "schedule", base_lr=base_lr, steps_per_epoch=steps_per_epoch)
+    return schedule if isinstance(schedule, ComposerScheduler) else LambdaLR(optimizer, schedule)
+
+
+def _parallelism(config: Config) -> ParallelismConfig | None:
+    if config.parallelism == "ddp" or world_size() == 1:  # one rank has nothing to share
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # FSDP2's notice that it is experimental
+        return ParallelismConfig(fsdp=FSDP2Config(**{"state_dict_type": "full", **config.fsdp}))
+
+
+def train(config: Config) -> Trainer:
+    """Check, build, fit, evaluate; write the final metrics to ``<run_dir>/metrics.json``."""
+    check(config)
+    trainer = build_trainer(config)
+    trainer.fit()
+    if rank() == 0:
+        final = {  # each metric keeps the value of the last evaluation
+            label: {name: float(metric.compute()) for name, metric in metrics.items() if metric.update_called}
+            for label, metrics in trainer.state.eval_metrics.items()
+        }
+        Path(config.run_dir, "metrics.json").write_text(json.dumps(final, indent=2) + "\n")
+    trainer.close()
+    return trainer

@@ -1,0 +1,31 @@
+"""Train a Representation Autoencoder: ``composer train.py yamls/rae_dino.yaml key=value key.sub=value …``"""
+
+import argparse
+import os
+import sys
+
+from rae.config import load_config
+from rae.registry import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train a Representation Autoencoder from a YAML file.",
+        epilog="Launch with `composer train.py …` (one process per GPU) or `composer -n 2 train.py …`.",
+    )
+    parser.add_argument("config", help="YAML file, e.g. yamls/rae_dino.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key, e.g. data.batch_size=64")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        from rae.run import train  # Composer takes seconds to import: not before the configuration stands
+
+        train(config)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
