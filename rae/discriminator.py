@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
 from rae.backbones import TimmFeatures, read_state_dict, weight_file
-from rae.layers import Frozen, Normalize, resize
+from rae.layers import Frozen, resize
 from rae.registry import register
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,9 +39,26 @@ def _head(channels: int, kernel_size: int, norm: str) -> nn.Sequential:
     return nn.Sequential(block(1), _Residual(block(kernel_size)), conv(1, 1))
 
 
+class _TokenNorm(nn.Module):
+    """Normalise each sample and channel over its tokens, with an affine: an instance norm.
+
+    It is written out because the convolution's bias before it has a gradient of zero but for rounding, and Adam
+    makes whole steps of that: only this order of operations takes the steps that the reference takes.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = x.mean(2, keepdim=True), x.var(2, keepdim=True, unbiased=False)
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight.view(1, -1, 1) + self.bias.view(1, -1, 1)
+
+
 def _norm(kind: str, channels: int) -> nn.Module:
-    if kind == "bn":  # the reference calls it so; it normalises each sample and channel over its tokens
-        return nn.InstanceNorm1d(channels, eps=1e-6, affine=True)
+    if kind == "bn":  # the reference's name for it
+        return _TokenNorm(channels)
     if kind == "gn":
         return nn.GroupNorm(32, channels)
     raise ValueError(f"unknown norm {kind!r}; there are: bn, gn")
@@ -51,11 +68,11 @@ class Discriminator(nn.Module):
     """Trainable heads over frozen feature maps. Input in [0, 1], like everything else here.
 
     Args:
-        features: a frozen network, image (B, 3, S, S) in [0, 1] -> list of (B, C_i, N_i).
+        features: a frozen network, image (B, 3, S, S) in [−1, 1] -> list of (B, C_i, N_i).
         channels: C_i of each map.
         input_size: the S that images are resized to (bilinear).
         kernel_size: of the residual convolution over tokens.
-        norm: ``bn`` (instance norm) or ``gn`` (GroupNorm(32)).
+        norm: ``bn`` (over each sample's tokens) or ``gn`` (GroupNorm(32)).
     """
 
     def __init__(self, features: nn.Module, channels: list[int], input_size: int, kernel_size: int, norm: str):
@@ -66,7 +83,7 @@ class Discriminator(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [0, 1] -> logits (B, ΣN_i), high for what it takes for real."""
-        maps = self.features(resize(image, self.input_size, mode="bilinear"))
+        maps = self.features(resize(image * 2 - 1, self.input_size, mode="bilinear"))
         return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)
 
 
@@ -75,12 +92,14 @@ class _DINOFeatures(nn.Module):
 
     def __init__(self, backbone: VisionTransformer, blocks: list[int]):
         super().__init__()
-        self.normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = torch.tensor(IMAGENET_MEAN).view(-1, 1, 1), torch.tensor(IMAGENET_STD).view(-1, 1, 1)
+        self.register_buffer("scale", 0.5 / std)
+        self.register_buffer("shift", (0.5 - mean) / std)
         self.backbone, self.blocks = backbone, blocks
 
     def forward(self, image: Tensor) -> list[Tensor]:
         maps = self.backbone.forward_intermediates(
-            self.normalize(image), indices=self.blocks, norm=False, output_fmt="NLC", intermediates_only=True
+            image * self.scale + self.shift, indices=self.blocks, norm=False, output_fmt="NLC", intermediates_only=True
         )
         maps = [x.transpose(1, 2) for x in maps]
         return [maps[-1], *maps]
@@ -144,7 +163,7 @@ class _FlatMaps(nn.Module):
         self.features = features
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        return [feature.flatten(2) for feature in self.features(image)]
+        return [feature.flatten(2) for feature in self.features((image + 1) / 2)]
 
 
 @register("discriminator", "timm")

@@ -16,8 +16,9 @@ from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from streaming import StreamingDataset
 from torch.optim.lr_scheduler import LambdaLR
 
+from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.ema import LIVE_SUFFIX
-from rae.callbacks.reseed import Reseed
+from rae.callbacks.begin_step import BeginStep
 from rae.config import Config, check_data, rank, save_config, world_size
 from rae.data import ImageDataset, eval_loader, eval_transform, open_dataset, train_loader, train_transform
 from rae.decoder import Decoder, load_published
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # What build_trainer passes itself: another mechanism of the configuration decides each of these.
 _OURS = (
-    "model", "train_dataloader", "eval_dataloader", "optimizers", "schedulers", "algorithms", "callbacks", "loggers",
+    "model", "train_dataloader", "eval_dataloader", "optimizers", "schedulers", "algorithms", "algorithm_passes", "callbacks", "loggers",
     "parallelism_config", "seed", "run_name",
 )  # fmt: skip
 _OUR_STREAMING = ("streams", "remote", "local", "batch_size", "shuffle", "shuffle_seed", "num_canonical_nodes")
@@ -111,8 +112,6 @@ def build_trainer(config: Config) -> Trainer:
     optimizer = build("optimizer", config.optimizer, "optimizer", params=_trained(model))
     context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation)
     algorithms = _build_all("algorithm", config.algorithms, context)
-    # The GAN's term closes the loss: it replaces the total by one that is back-propagated once.
-    algorithms.sort(key=lambda algorithm: type(algorithm).__name__ == "Adversarial")
     arguments.setdefault("save_folder", f"{config.run_dir}/checkpoints")
     arguments.setdefault("progress_bar", True)
     arguments.setdefault("auto_log_hparams", False)
@@ -124,7 +123,8 @@ def build_trainer(config: Config) -> Trainer:
         schedulers=_schedule(config, optimizer, len(loader)),
         step_schedulers_every_batch=True,
         algorithms=algorithms,
-        callbacks=[Reseed(config.seed), *_build_all("callback", config.callbacks, context)],
+        algorithm_passes=[adversarial_last],
+        callbacks=[BeginStep(config.seed), *_build_all("callback", config.callbacks, context)],
         loggers=_build_all("logger", config.loggers, context),
         parallelism_config=_parallelism(config),
         seed=config.seed,

@@ -1,5 +1,6 @@
 """The GAN: a discriminator, trained beside the autoencoder, and its term in the autoencoder's loss."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,14 @@ class _Backpropagate(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return grad_output * gradient, None, None
+
+
+def adversarial_last(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algorithm]:
+    """Composer algorithm pass: the GAN's term closes the loss, whatever the order in YAML.
+
+    It needs the whole reconstruction loss, and Composer runs AFTER events in reverse order.
+    """
+    return sorted(algorithms, key=lambda algorithm: isinstance(algorithm, Adversarial))
 
 
 def gradient_at(loss: Tensor, tensor: Tensor, scale: float) -> Tensor:
@@ -181,8 +190,9 @@ class Adversarial(Algorithm):
             with get_precision_context(state.precision):
                 with torch.no_grad():
                     fake = quantize(_unwrapped(state).rae.decode(fake) if self.fakes == "fresh" else fake)
-                logits_real = self.discriminator(self._augmented(to_float(image))).float()
+                # Fake before real: each call takes a step of spectral norm's power iteration.
                 logits_fake = self.discriminator(self._augmented(fake)).float()
+                logits_real = self.discriminator(self._augmented(to_float(image))).float()
             loss = self.discriminator_loss(logits_real, logits_fake)
             self.scaler.scale(loss * share).backward()
             accuracy = (logits_real > logits_fake).float().mean()
@@ -208,7 +218,7 @@ class Adversarial(Algorithm):
         names = ("loss", "logits_real", "logits_fake", "accuracy")
         named = dict(zip(names, (figures / dist.get_world_size()).tolist(), strict=True))
         named = {f"discriminator/{name}": value for name, value in named.items()}
-        named["discriminator/lr"] = learning_rate
+        named["lr/discriminator"] = learning_rate
         if self.adaptive_weights:
             named["gan/adaptive_weight"] = torch.stack(self.adaptive_weights).mean().item()
         return named

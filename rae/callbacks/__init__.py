@@ -1,5 +1,5 @@
-"""Plugins that watch training: pictures, metrics as a file, the step's random seed. One file each."""
+"""Plugins that watch training: pictures, metrics as a file, what precedes a step. One file each."""
 
-from rae.callbacks import jsonl, pictures, reseed
+from rae.callbacks import begin_step, jsonl, pictures
 
-__all__ = ["jsonl", "pictures", "reseed"]
+__all__ = ["begin_step", "jsonl", "pictures"]

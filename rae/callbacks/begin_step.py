@@ -1,4 +1,4 @@
-"""One seed a step, so that a resumed step draws what the undisturbed one drew."""
+"""What every run does before a step: seed its random numbers, log its learning rate."""
 
 import numpy as np
 import torch
@@ -6,8 +6,8 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 
 
-class Reseed(Callback):
-    """Seed torch's generators from (seed, step, rank) before every step. Always on.
+class BeginStep(Callback):
+    """Seed torch's generators from (seed, step, rank), and log the step's learning rate. Always on.
 
     Composer saves the generators' states, but does not restore them when Streaming resumes in mid-epoch. A seed
     a step needs nothing restored: latent noise and DiffAug depend on where training is, not on how it got there.
@@ -22,3 +22,4 @@ class Reseed(Callback):
     def batch_start(self, state: State, logger: Logger) -> None:
         entropy = [self.seed, int(state.timestamp.batch), dist.get_global_rank()]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        logger.log_metrics({"lr/decoder": state.optimizers[0].param_groups[0]["lr"]})
