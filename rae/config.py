@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
@@ -132,12 +132,15 @@ def load_config(path: str, overrides: list[str]) -> Config:
         loaded = OmegaConf.load(path)
         if isinstance(loaded, ListConfig):
             raise UserError(f"{path}: a configuration is a mapping of keys, not a list")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
-        assert isinstance(merged, DictConfig)
-        missing = sorted(OmegaConf.missing_keys(merged))
+        for override in overrides:
+            # An override sets its key, so that model.encoder={mae: {}} replaces the encoder instead of adding one.
+            key = override.split("=", 1)[0]
+            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key, throw_on_missing=False)
+            OmegaConf.update(loaded, key, "???" if value is None and "???" in override else value, merge=False)
+        missing = sorted(OmegaConf.missing_keys(loaded))
         if missing:
             raise UserError(f"missing value: {missing[0]} is required; set it in {path} or as {missing[0]}=…")
-        plain = OmegaConf.to_container(merged, resolve=True)
+        plain = OmegaConf.to_container(loaded, resolve=True)
     except YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except OmegaConfBaseException as error:

@@ -2,6 +2,8 @@
 
 import io
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,11 +162,19 @@ def _loader_options(batch_size: int, workers: int, prefetch: int) -> dict[str, A
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(0),  # the global generator is the training step's alone
     )
 
 
-def _one_thread(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """One thread a worker process, and an end to it when its parent was killed: it may wait on a full pipe."""
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    parent = os.getppid()
+
+    def follow_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()

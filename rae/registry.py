@@ -39,6 +39,9 @@ _COMPOSER = {  # kind -> (module, base class, suffix that names drop)
     "logger": ("composer.loggers", "LoggerDestination", "Logger"),
     "schedule": ("composer.optim", "ComposerScheduler", "Scheduler"),
 }
+_HERE = "<here>"
+"""Stands for a nested plugin's key path until the plugin around it is named."""
+
 _plugins: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in _HOMES}
 
 
@@ -168,8 +171,11 @@ def check_arguments(
     try:
         checked = _model_of(target, fields, open_ended).model_validate(dict(arguments))
     except ValidationError as error:
-        takes = f"; it takes {_describe(fields)}" if len(fields) <= 20 else ""
-        raise UserError(explain(error, where, fields) + takes) from error
+        message = explain(error, where, fields)
+        nested = isinstance(_cause(error), UserError)  # its message already ends with the inner plugin's signature
+        raise UserError(
+            message if nested or len(fields) > 20 else f"{message}; it takes {_describe(fields)}"
+        ) from error
     return {name: getattr(checked, name) for name in checked.model_fields_set}
 
 
@@ -243,13 +249,18 @@ def explain(error: ValidationError, where: str, known: typing.Iterable[str] = ()
         return f"unknown key {key!r}{nearest(location[-1], known)}"
     if fault["type"] in ("missing", "missing_argument"):
         return f"missing value: {key} is required"
+    if isinstance(_cause(error), UserError):
+        return str(_cause(error)).replace(_HERE, key)
     inner = fault.get("ctx", {}).get("error")
-    if isinstance(inner, UserError):
-        return str(inner)
     if isinstance(inner, Exception):
         return f"{key}: {inner}"
     message = fault["msg"][0].lower() + fault["msg"][1:]
     return f"{key}: {message}, not {fault['input']!r}"
+
+
+def _cause(error: ValidationError) -> BaseException | None:
+    inner = error.errors()[0].get("ctx", {}).get("error")
+    return inner.__cause__ if isinstance(inner, Exception) else None
 
 
 def check_plugin(kind: str, entry: Any, where: str) -> dict[str, dict[str, Any]]:
@@ -321,6 +332,6 @@ def PluginEntry(kind: str) -> Any:  # noqa: N802 - an annotation, used like a ty
 
 def _nested(kind: str, entry: Any) -> dict[str, dict[str, Any]]:
     try:
-        return check_plugin(kind, entry, kind)
+        return check_plugin(kind, entry, _HERE)
     except UserError as error:
         raise ValueError(str(error)) from error

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from composer import Evaluator, Trainer
-from composer.core import Precision
 from composer.optim import ComposerScheduler
 from composer.utils import dist, get_device, reproducibility
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
@@ -29,10 +29,11 @@ log = logging.getLogger(__name__)
 
 # What build_trainer passes itself: another mechanism of the configuration decides each of these.
 _OURS = (
-    "model", "train_dataloader", "eval_dataloader", "optimizers", "schedulers", "algorithms", "algorithm_passes", "callbacks", "loggers",
-    "parallelism_config", "seed", "run_name",
-)  # fmt: skip
+    *("model", "train_dataloader", "eval_dataloader", "optimizers", "schedulers", "algorithms", "algorithm_passes"),
+    *("callbacks", "loggers", "parallelism_config", "seed", "run_name"),
+)
 _OUR_STREAMING = ("streams", "remote", "local", "batch_size", "shuffle", "shuffle_seed", "num_canonical_nodes")
+_PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 _TIMES = ("max_duration", "save_interval", "eval_interval")
 
 
@@ -68,6 +69,8 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
         raise UserError("trainer.device_train_microbatch_size: 'auto' is not supported; give a number of images a rank")
     if arguments.get("device") == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.device: this machine has no GPU that torch can use; leave the key out for the CPU")
+    if arguments.get("precision") not in (None, *_PRECISIONS):
+        raise UserError(f"trainer.precision: {arguments['precision']!r} is none of {', '.join(_PRECISIONS)}")
     for key in _TIMES:
         value = arguments.get(key)
         if isinstance(value, str):
@@ -113,7 +116,10 @@ def build_trainer(config: Config) -> Trainer:
     context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation)
     algorithms = _build_all("algorithm", config.algorithms, context)
     arguments.setdefault("save_folder", f"{config.run_dir}/checkpoints")
-    arguments.setdefault("progress_bar", True)
+    arguments.setdefault("autoresume", True)
+    # A bar for a person; lines for a log file.
+    arguments.setdefault("progress_bar", sys.stderr.isatty())
+    arguments.setdefault("log_to_console", not arguments["progress_bar"])
     arguments.setdefault("auto_log_hparams", False)
     return Trainer(
         model=model,
@@ -137,8 +143,6 @@ def _precision(wanted: str | None, device: str | None) -> str:
     on_gpu = torch.cuda.is_available() if device is None else device == "gpu"
     if wanted is None:
         return "amp_bf16" if on_gpu else "fp32"
-    if wanted not in [p.value for p in Precision]:
-        raise UserError(f"trainer.precision: unknown precision {wanted!r}; use fp32, amp_bf16 or amp_fp16")
     if not on_gpu and wanted != "fp32":
         if rank() == 0:
             log.warning("trainer.precision: %s needs a GPU; on this CPU the run uses fp32", wanted)
@@ -229,7 +233,11 @@ def train(config: Config) -> Trainer:
     """Check, build, fit, evaluate; write the final metrics to ``<run_dir>/metrics.json``."""
     check(config)
     trainer = build_trainer(config)
-    trainer.fit()
+    state = trainer.state
+    if state.timestamp >= state.max_duration:
+        log.warning("%s is finished (%s); a longer trainer.max_duration goes on", config.run_name, state.max_duration)
+    else:
+        trainer.fit()
     if rank() == 0:
         final = {  # each metric keeps the value of the last evaluation
             label: {name: float(metric.compute()) for name, metric in metrics.items() if metric.update_called}

@@ -18,11 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from streaming import MDSWriter
+from streaming.base.compression import is_compression
 from streaming.base.storage import CloudDownloader, CloudUploader
+from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from rae.data import is_remote, open_rgb
+from rae.data import is_remote, open_rgb, start_worker
 from rae.registry import UserError
 
 COLUMNS = {"image": "bytes", "label": "int", "path": "str"}
@@ -92,6 +94,14 @@ def options_from(arguments: argparse.Namespace) -> Options:
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name} must be between {low} and {high}, not {value}")
+    try:
+        bytes_to_int(options.shard_size)
+    except ValueError as error:
+        raise UserError(f"--shard-size {options.shard_size!r}: write it as 64mb") from error
+    if options.compression is not None and not is_compression(options.compression):
+        raise UserError(
+            f"--compression {options.compression!r} is unknown; zstd, zstd:7, gz, bz2, br and snappy are known"
+        )
     if options.max_skipped < 0:
         raise UserError(f"--max-skipped must not be negative, but is {options.max_skipped}")
     return options
@@ -226,6 +236,7 @@ def _encoded(source: ImageSource, options: Options) -> Iterator[tuple[str, bytes
         sampler=order,  # type: ignore[arg-type]
         num_workers=options.workers,
         collate_fn=list,
+        worker_init_fn=start_worker,
         prefetch_factor=4,
     )
     for batch in loader:

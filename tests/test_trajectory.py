@@ -12,7 +12,7 @@ from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import LossTerm
 from rae.callbacks.begin_step import BeginStep
 from rae.callbacks.jsonl import JSONLines
-from rae.decoder import load_published, published_state_dict
+from rae.decoder import published_state_dict
 from rae.model import to_float
 from rae.registry import build
 from rae.run import build_model

@@ -1,0 +1,27 @@
+# make test: lint, types, tests.  make demo: train an autoencoder on photographs, in minutes.
+PYTHON ?= python3
+VENV ?= .venv
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: test demo env clean
+
+test: env
+	@ruff check --quiet . && ruff format --quiet --check .
+	@mypy --no-error-summary
+	@python -m pytest
+
+demo: env
+	@python -m rae.demo
+
+env: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
+		|| { echo "error: Python 3.10 to 3.12 is needed; set PYTHON=python3.11, say"; exit 2; }
+	@echo "installing into $(VENV) (6 GB, a few minutes)"
+	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
+	@python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@touch $@
+
+clean:
+	@rm -rf $(VENV) runs data
