@@ -85,6 +85,14 @@ class RAE(nn.Module):
         image, hidden = self.decoder(latent)
         return image.float() * self.image_std + self.image_mean, hidden
 
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """What FSDP shards as a unit: each decoder block, and the decoder, which is called by itself."""
+        return module is self.decoder or any(module is block for block in self.decoder.blocks)
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """What activation checkpointing recomputes: each decoder block."""
+        return any(module is block for block in self.decoder.blocks)
+
 
 def _read_stats(path: str, encoder: Encoder) -> tuple[Tensor, Tensor]:
     state = read_state_dict(weight_file(path))
@@ -133,10 +141,6 @@ class RAEModel(ComposerModel):
 
     def update_metric(self, batch: dict[str, Tensor], outputs: Tensor, metric: Metric) -> None:
         metric.update(outputs, to_float(batch["image"]))
-
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Each decoder block is a unit, and the decoder as a whole, which is also called by itself."""
-        return module is self.rae.decoder or module in set(self.rae.decoder.blocks)
 
 
 def to_float(image: Tensor) -> Tensor:

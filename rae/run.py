@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.ema import LIVE_SUFFIX
+from rae.algorithms.gloo import GlooGradients
 from rae.callbacks.begin_step import BeginStep
 from rae.config import Config, check_data, rank, save_config, world_size
 from rae.data import ImageDataset, eval_loader, eval_transform, open_dataset, train_loader, train_transform
@@ -33,6 +34,7 @@ _OURS = (
     *("callbacks", "loggers", "parallelism_config", "seed", "run_name"),
 )
 _OUR_STREAMING = ("streams", "remote", "local", "batch_size", "shuffle", "shuffle_seed", "num_canonical_nodes")
+_NOT_FOR_USERS = ("Cannot split tensor of length",)  # warnings about what is as it should be
 _PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 _TIMES = ("max_duration", "save_interval", "eval_interval")
 
@@ -114,12 +116,14 @@ def build_trainer(config: Config) -> Trainer:
     model = device.module_to_device(build_model(config))
     optimizer = build("optimizer", config.optimizer, "optimizer", params=_trained(model))
     context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation)
-    algorithms = _build_all("algorithm", config.algorithms, context)
+    # Composer runs AFTER events from the last algorithm to the first: gradients are mended before they are clipped.
+    algorithms = [*_build_all("algorithm", config.algorithms, context), GlooGradients()]
     arguments.setdefault("save_folder", f"{config.run_dir}/checkpoints")
     arguments.setdefault("autoresume", True)
-    # A bar for a person; lines for a log file.
     arguments.setdefault("progress_bar", sys.stderr.isatty())
-    arguments.setdefault("log_to_console", not arguments["progress_bar"])
+    loggers = dict(config.loggers)
+    if not arguments["progress_bar"]:
+        loggers.setdefault("console", {})
     arguments.setdefault("auto_log_hparams", False)
     return Trainer(
         model=model,
@@ -131,7 +135,7 @@ def build_trainer(config: Config) -> Trainer:
         algorithms=algorithms,
         algorithm_passes=[adversarial_last],
         callbacks=[BeginStep(config.seed), *_build_all("callback", config.callbacks, context)],
-        loggers=_build_all("logger", config.loggers, context),
+        loggers=_build_all("logger", loggers, context),
         parallelism_config=_parallelism(config),
         seed=config.seed,
         run_name=config.run_name,
@@ -232,6 +236,8 @@ def _parallelism(config: Config) -> ParallelismConfig | None:
 def train(config: Config) -> Trainer:
     """Check, build, fit, evaluate; write the final metrics to ``<run_dir>/metrics.json``."""
     check(config)
+    for message in _NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message=message)
     trainer = build_trainer(config)
     state = trainer.state
     if state.timestamp >= state.max_duration:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from composer import Algorithm, Event, Logger, State
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rae.registry import register
@@ -15,6 +16,7 @@ LIVE_SUFFIX = "_live"
 """Evaluators whose label ends so are evaluated with the live weights."""
 
 
+@torch.no_grad()
 def update_ema(average: list[Tensor], weights: list[Tensor], decay: float) -> None:
     """average ← decay · average + (1 − decay) · weights, in place, in one fused call."""
     torch._foreach_lerp_(average, weights, 1 - decay)
@@ -38,6 +40,7 @@ class EMA(Algorithm):
         self.decay, self.evaluate = decay, evaluate
         self.weights: dict[str, nn.Parameter] = {}
         self.average: dict[str, Tensor] = {}
+        self.sharded_units: list[FSDPModule] = []
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.BEFORE_LOAD, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
@@ -54,6 +57,7 @@ class EMA(Algorithm):
         """Make the average a copy of the model's trained weights."""
         self.weights = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+        self.sharded_units = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     def evaluates_average(self, label: str | None) -> bool:
         """Whether the evaluator called ``label`` uses the average."""
@@ -70,12 +74,15 @@ class EMA(Algorithm):
 
     @torch.no_grad()
     def _swap(self) -> None:
+        for unit in self.sharded_units:
+            unit.reshard()  # it may still hold gathered weights from its last forward pass
         for weight, average in zip(self._local(self.weights), self._local(self.average), strict=True):
             kept = weight.detach().clone()
             weight.copy_(average)
             average.copy_(kept)
 
     @staticmethod
+    @torch.no_grad()
     def _local(tensors: dict[str, Any]) -> list[Tensor]:
         return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors.values()]
 

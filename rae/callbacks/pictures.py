@@ -49,10 +49,13 @@ class Pictures(Callback):
         self.folder = Path(run_dir) / "pictures"
         self.eval_images, self.count = eval_images, count
         self.image: Tensor | None = None
-        self.due = create_interval_scheduler(interval, checkpoint_events=False, include_end_of_training=True)
+        self.drawn_at = -1
+        self.due = create_interval_scheduler(interval, checkpoint_events=False, include_end_of_training=False)
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        if event in (Event.BATCH_END, Event.EPOCH_END) and self.due(state, event):
+        due = event in (Event.BATCH_END, Event.EPOCH_END) and self.due(state, event)
+        if due or (event == Event.FIT_END and self.drawn_at != int(state.timestamp.batch)):
+            self.drawn_at = int(state.timestamp.batch)
             self._draw(state, logger)
 
     def _draw(self, state: State, logger: Logger) -> None:

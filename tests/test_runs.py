@@ -1,0 +1,215 @@
+"""Whole runs through the command: several ranks, stop and resume, what lies in the run's folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from tests.conftest import ROOT, metrics_of, run, tiny_settings
+
+FIGURES = ("loss/", "discriminator/", "gan/", "lr/", "metrics/")
+
+
+def launch(settings: dict, path: Path, *overrides: str, ranks: int = 1, check: bool = True):
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "run.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+    return run("composer", "-n", str(ranks), "train.py", str(path / "run.yaml"), *overrides, check=check)
+
+
+def figures(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if k == "batch" or k.startswith(FIGURES)} for r in metrics_of(run_dir)]
+
+
+def checkpoint(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoints/latest-rank0.pt", weights_only=False)
+
+
+def tensors_of(tree, prefix="") -> dict[str, torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return {name: t for key, value in items for name, t in tensors_of(value, f"{prefix}/{key}").items()}
+
+
+def state_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    state = checkpoint(run_dir)["state"]
+    return tensors_of({key: state[key] for key in ("model", "optimizers", "algorithms")})
+
+
+def assert_same_state(a: Path, b: Path):
+    left, right = state_tensors(a), state_tensors(b)
+    assert left.keys() == right.keys()
+    assert len(left) > 100
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory) -> Path:
+    """Two epochs of 5 steps with every loss, EMA, noise, DiffAug and loader workers; a checkpoint every 2 steps."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    launch(resumable(shards, root / "run"), root)
+    return root / "run"
+
+
+def resumable(shards: Path, run_dir: Path) -> dict:
+    settings = tiny_settings(shards, run_dir)
+    settings["data"]["workers"] = 2
+    settings["callbacks"] = {"pictures": {"interval": "4ba", "count": 4}}
+    settings["loggers"]["tensorboard"] = {"log_dir": f"{run_dir}/tensorboard"}
+    settings["trainer"] |= {"save_interval": "2ba", "device_train_microbatch_size": 4}
+    return settings
+
+
+def test_what_a_run_leaves_in_its_folder(undisturbed):
+    records = figures(undisturbed)
+    assert [r["batch"] for r in records if "loss/train/total" in r] == list(range(1, 11))
+    first, last = records[0], [r for r in records if "loss/train/total" in r][-1]
+    assert "discriminator/loss" not in first
+    assert "loss/train/gan" not in first
+    wanted = {f"loss/train/{name}" for name in ("total", "l1", "perceptual", "gan")}
+    wanted |= {f"discriminator/{name}" for name in ("loss", "logits_real", "logits_fake", "accuracy")}
+    assert wanted | {"gan/adaptive_weight", "lr/decoder", "lr/discriminator"} <= last.keys()
+    assert json.loads((undisturbed / "metrics.json").read_text())["eval"].keys() == {"psnr", "ssim"}
+    resolved = OmegaConf.load(undisturbed / "config.yaml")
+    assert resolved.data.batch_size == 8
+    assert resolved.model.noise_tau == 0.8
+    pictures = sorted(p.name for p in (undisturbed / "pictures").iterdir())
+    assert pictures == ["ba0000004.png", "ba0000008.png", "ba0000010.png"]
+    assert Image.open(undisturbed / "pictures/ba0000010.png").size == (4 * 66 + 2, 2 * 66 + 2)
+    assert list((undisturbed / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_tensorboard_holds_the_figures_and_the_pictures(undisturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = {"scalars": set(), "images": set()}
+    for file in (undisturbed / "tensorboard").rglob("events.out.tfevents.*"):
+        found = EventAccumulator(str(file)).Reload().Tags()
+        for kind in tags:
+            tags[kind] |= set(found[kind])
+    assert {"loss/train/total", "discriminator/accuracy", "metrics/eval/psnr"} <= tags["scalars"]
+    assert "pictures/reconstructions" in tags["images"]
+
+
+def test_a_checkpoint_holds_trained_weights_alone(undisturbed):
+    state = checkpoint(undisturbed)["state"]
+    assert all(name.startswith("rae.decoder.") for name in state["model"])
+    names = " ".join(tensors_of(state["algorithms"]))
+    assert "heads" in names
+    assert "backbone" not in names
+    assert "average" in names
+
+
+@pytest.mark.parametrize("stop", ["3ba", "5ba", "8ba"])
+def test_resume_in_mid_epoch_is_exact(shards, undisturbed, tmp_path, stop):
+    """Stopped at a step that has no checkpoint, at an epoch's end, and in the second epoch; then run again."""
+    settings = resumable(shards, tmp_path / "run")
+    launch(settings, tmp_path, f"trainer.max_duration={stop}")
+    for file in (tmp_path / "run/checkpoints").iterdir():
+        if stop == "3ba" and "ba3" in file.name:
+            file.unlink()  # what a kill after step 3 would leave: the checkpoint of step 2
+    if stop == "3ba":
+        latest = tmp_path / "run/checkpoints/latest-rank0.pt"
+        latest.unlink()
+        latest.symlink_to("ep0-ba2-rank0.pt")
+    launch(settings, tmp_path)
+    assert_same_state(undisturbed, tmp_path / "run")
+    expected = {r["batch"]: r for r in figures(undisturbed) if "loss/train/total" in r}
+    resumed = {r["batch"]: r for r in figures(tmp_path / "run") if "loss/train/total" in r}
+    assert resumed == expected
+
+
+def test_resume_after_a_kill_is_exact(shards, undisturbed, tmp_path):
+    settings = resumable(shards, tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", str(tmp_path / "run.yaml")],
+        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    latest = tmp_path / "run/checkpoints/latest-rank0.pt"
+    while process.poll() is None and not latest.exists():
+        time.sleep(0.02)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    launch(settings, tmp_path)
+    assert_same_state(undisturbed, tmp_path / "run")
+
+
+def test_running_a_finished_run_again_says_so(shards, undisturbed):
+    before = (undisturbed / "metrics.jsonl").read_text()
+    done = launch(resumable(shards, undisturbed), undisturbed.parent)
+    assert "is finished (2ep)" in done.stderr
+    assert (undisturbed / "metrics.jsonl").read_text() == before
+
+
+def test_bf16_on_a_cpu_is_one_warning(shards, tmp_path):
+    done = launch(
+        tiny_settings(shards, tmp_path / "run"), tmp_path, "trainer.precision=amp_bf16", "trainer.max_duration=1ba"
+    )
+    assert done.stderr.count("needs a GPU; on this CPU the run uses fp32") == 1
+    assert "Warning" not in done.stderr
+
+
+SPY = '''
+import torch
+from composer import Callback, Event
+from composer.utils import dist
+from rae.registry import register
+
+@register("callback", "spy")
+class Spy(Callback):
+    """Compare every weight of the decoder and the discriminator across ranks after every step."""
+    def batch_end(self, state, logger):
+        discriminator = next(a for a in state.algorithms if hasattr(a, "discriminator")).discriminator
+        tensors = [*state.model.parameters(), *discriminator.parameters(), *discriminator.buffers()]
+        flat = torch.cat([t.detach().flatten().float() for t in tensors])
+        other = dist.all_gather(flat)
+        assert len(other) == 2
+        logger.log_metrics({"spy/equal": float(all(torch.equal(flat, o) for o in other))})
+'''
+
+
+@pytest.fixture(scope="module")
+def one_and_two_ranks(shards, tmp_path_factory) -> Path:
+    """The same ten steps on one rank, two DDP ranks and two FSDP ranks, without noise and augmentation."""
+    root = tmp_path_factory.mktemp("ranks")
+    (root / "spy.py").write_text(SPY)
+    for name, ranks, parallelism in (("one", 1, "ddp"), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")):
+        settings = tiny_settings(shards, root / name)
+        settings["model"]["noise_tau"] = 0.0
+        settings["data"]["train"]["resize"] = 64
+        settings["algorithms"]["adversarial"]["augment"] = False
+        settings["parallelism"] = parallelism
+        if name == "ddp":
+            settings["imports"] = [str(root / "spy.py")]
+            settings["callbacks"] = {"spy": {}}
+        settings["algorithms"]["gradient_clipping"] = {"clipping_type": "norm", "clipping_threshold": 0.5}
+        launch(settings, root / f"{name}-launch", ranks=ranks)
+    return root
+
+
+def test_ranks_are_identical_after_every_step(one_and_two_ranks):
+    equal = [r["spy/equal"] for r in metrics_of(one_and_two_ranks / "ddp") if "spy/equal" in r]
+    assert equal == [1.0] * 10
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_match_one(one_and_two_ranks, parallel):
+    one, two = figures(one_and_two_ranks / "one"), figures(one_and_two_ranks / parallel)
+    assert len(one) == len(two) == 12
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            tolerance = 2e-3 if "accuracy" in name or "logits" in name else 5e-4
+            assert b[name] == pytest.approx(a[name], rel=tolerance, abs=1e-6), (a["batch"], name)
