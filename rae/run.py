@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Evaluator, Trainer
+from composer import Evaluator, State, Trainer
+from composer.core import TimeUnit
 from composer.optim import ComposerScheduler
 from composer.utils import dist, get_device, reproducibility
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
@@ -34,7 +35,7 @@ _OURS = (
     *("callbacks", "loggers", "parallelism_config", "seed", "run_name"),
 )
 _OUR_STREAMING = ("streams", "remote", "local", "batch_size", "shuffle", "shuffle_seed", "num_canonical_nodes")
-_NOT_FOR_USERS = ("Cannot split tensor of length",)  # warnings about what is as it should be
+_NOT_FOR_USERS = ("Cannot split tensor of length", "No batches were trained")  # warnings about what is as it should be
 _PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 _TIMES = ("max_duration", "save_interval", "eval_interval")
 
@@ -239,16 +240,31 @@ def train(config: Config) -> Trainer:
     for message in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=message)
     trainer = build_trainer(config)
-    state = trainer.state
-    if state.timestamp >= state.max_duration:
-        log.warning("%s is finished (%s); a longer trainer.max_duration goes on", config.run_name, state.max_duration)
+    if _finished(config, trainer.state):
+        duration = trainer.state.max_duration
+        log.warning("%s is finished (%s); a longer trainer.max_duration goes on", config.run_name, duration)
     else:
         trainer.fit()
-    if rank() == 0:
-        final = {  # each metric keeps the value of the last evaluation
-            label: {name: float(metric.compute()) for name, metric in metrics.items() if metric.update_called}
-            for label, metrics in trainer.state.eval_metrics.items()
-        }
-        Path(config.run_dir, "metrics.json").write_text(json.dumps(final, indent=2) + "\n")
+        _save_final_metrics(config, trainer)
     trainer.close()
     return trainer
+
+
+def _finished(config: Config, state: State) -> bool:
+    last = state.max_duration
+    if last is None or state.timestamp >= last:
+        return True
+    # A checkpoint of an epoch's last step precedes the epoch's end, and the evaluation there.
+    steps = last.value * int(state.dataloader_len or 0) if last.unit == TimeUnit.EPOCH else None
+    evaluated = Path(config.run_dir, "metrics.json").exists() or not state.evaluators
+    return steps is not None and int(state.timestamp.batch) >= steps and evaluated
+
+
+def _save_final_metrics(config: Config, trainer: Trainer) -> None:
+    final = {  # each metric keeps the value of the last evaluation
+        label: {name: float(metric.compute()) for name, metric in metrics.items()}
+        for label, metrics in trainer.state.eval_metrics.items()
+        if all(metric.update_called for metric in metrics.values())
+    }
+    if rank() == 0 and final:
+        Path(config.run_dir, "metrics.json").write_text(json.dumps(final, indent=2) + "\n")

@@ -147,10 +147,11 @@ def test_resume_after_a_kill_is_exact(shards, undisturbed, tmp_path):
 
 
 def test_running_a_finished_run_again_says_so(shards, undisturbed):
-    before = (undisturbed / "metrics.jsonl").read_text()
+    files = [undisturbed / name for name in ("metrics.jsonl", "metrics.json")]
+    before = [file.read_text() for file in files]
     done = launch(resumable(shards, undisturbed), undisturbed.parent)
     assert "is finished (2ep)" in done.stderr
-    assert (undisturbed / "metrics.jsonl").read_text() == before
+    assert [file.read_text() for file in files] == before
 
 
 def test_bf16_on_a_cpu_is_one_warning(shards, tmp_path):
@@ -189,7 +190,8 @@ def one_and_two_ranks(shards, tmp_path_factory) -> Path:
         settings = tiny_settings(shards, root / name)
         settings["model"]["noise_tau"] = 0.0
         settings["data"]["train"]["resize"] = 64
-        settings["algorithms"]["adversarial"]["augment"] = False
+        # Some of the discriminator's gradients are zero but for rounding: a larger eps keeps Adam from following them.
+        settings["algorithms"]["adversarial"] |= {"augment": False, "optimizer": {"adamw": {"eps": 1e-4}}}
         settings["parallelism"] = parallelism
         if name == "ddp":
             settings["imports"] = [str(root / "spy.py")]
@@ -211,5 +213,6 @@ def test_two_ranks_match_one(one_and_two_ranks, parallel):
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            tolerance = 2e-3 if "accuracy" in name or "logits" in name else 5e-4
+            # Rounding fakes to 8 bits and signs of logits turn differences of 1e-8 into larger ones, after a while.
+            tolerance = 1e-4 if a["batch"] <= 6 and name != "discriminator/accuracy" else 2e-3
             assert b[name] == pytest.approx(a[name], rel=tolerance, abs=1e-6), (a["batch"], name)
