@@ -93,8 +93,12 @@ class LPIPS(nn.Module):
         model.net.load_state_dict(backbone)
         self.model = Frozen(model)
 
+    def per_image(self, recon: Tensor, image: Tensor) -> Tensor:
+        """(B, 3, H, W) each -> (B,)"""
+        return self.model(recon * 2 - 1, image * 2 - 1).flatten()
+
     def forward(self, recon: Tensor, image: Tensor) -> Tensor:
-        return self.model(recon * 2 - 1, image * 2 - 1).mean()
+        return self.per_image(recon, image).mean()
 
 
 def _torchvision_weights(network: str) -> dict[str, Tensor]:
@@ -129,11 +133,13 @@ class FeatureDistance(nn.Module):
         super().__init__()
         self.features = Frozen(TimmFeatures(model, levels, weights))
 
-    def forward(self, recon: Tensor, image: Tensor) -> Tensor:
+    def per_image(self, recon: Tensor, image: Tensor) -> Tensor:
+        """(B, 3, H, W) each -> (B,)"""
         with torch.no_grad():
             targets = [F.normalize(f, dim=1) for f in self.features(image)]
         outputs = [F.normalize(f, dim=1) for f in self.features(recon)]
-        return sum(
-            ((o - t).square().sum(dim=1).mean() for o, t in zip(outputs, targets, strict=True)),
-            start=recon.new_zeros(()),
-        )
+        levels = [(o - t).square().sum(dim=1).mean(dim=(1, 2)) for o, t in zip(outputs, targets, strict=True)]
+        return torch.stack(levels).sum(dim=0)
+
+    def forward(self, recon: Tensor, image: Tensor) -> Tensor:
+        return self.per_image(recon, image).mean()

@@ -8,7 +8,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from rae.backbones import TimmFeatures, weight_file
+from rae.backbones import TimmFeatures, read_state_dict, weight_file
 from rae.layers import Frozen
 from rae.losses import LPIPS, FeatureDistance
 from rae.registry import UserError, register
@@ -18,16 +18,17 @@ class PerImage(Metric):
     """The mean over images of a figure that each image has by itself.
 
     Args:
-        figure: (recon, image) -> (B,).
+        figure: (recon, image) -> (B,): a function, or a module with a ``per_image`` method.
     """
 
     full_state_update = False
     total: Tensor
     count: Tensor
 
-    def __init__(self, figure: Callable[[Tensor, Tensor], Tensor]):
+    def __init__(self, figure: Callable[[Tensor, Tensor], Tensor] | LPIPS | FeatureDistance):
         super().__init__()
-        self.figure = figure
+        self.network = figure if isinstance(figure, nn.Module) else None  # a submodule, so that it moves along
+        self.figure = figure.per_image if isinstance(figure, nn.Module) else figure
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -66,24 +67,13 @@ def ssim() -> Metric:
 @register("metric", "lpips")
 def lpips(network: str = "vgg", weights: str | None = None) -> Metric:
     """LPIPS; see :class:`rae.losses.LPIPS`."""
-    return PerImage(_Each(LPIPS(network, weights)))
+    return PerImage(LPIPS(network, weights))
 
 
 @register("metric", "feature_distance")
 def feature_distance(model: str, levels: list[int] | None = None, weights: str | None = None) -> Metric:
     """LPIPS's form on a timm network; see :class:`rae.losses.FeatureDistance`."""
-    return PerImage(_Each(FeatureDistance(model, levels, weights)))
-
-
-class _Each(nn.Module):
-    """A distance's value for each image, from one that averages over the batch."""
-
-    def __init__(self, distance: nn.Module):
-        super().__init__()
-        self.distance = Frozen(distance)
-
-    def forward(self, recon: Tensor, image: Tensor) -> Tensor:
-        return torch.stack([self.distance(r[None], i[None]) for r, i in zip(recon, image, strict=True)])
+    return PerImage(FeatureDistance(model, levels, weights))
 
 
 class FrechetDistance(FrechetInceptionDistance):
@@ -124,9 +114,11 @@ def rfid(weights: str | None = None) -> Metric:
     """
     from urllib.error import URLError
 
-    path = str(weight_file(weights)) if weights else None
+    path = weight_file(weights) if weights else None
+    if path:
+        read_state_dict(path)  # torch-fidelity would run code that a file holds; this refuses such a file
     try:
-        return FrechetDistance(_Inception(path), 2048)
+        return FrechetDistance(_Inception(str(path) if path else None), 2048)
     except URLError as error:
         raise UserError(
             f"rfid: cannot download the Inception weights ({error.reason}); fetch torch-fidelity's "

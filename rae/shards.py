@@ -145,7 +145,7 @@ def write_shards(source: ImageSource, options: Options) -> dict[str, Any]:
         target = str(staging)
     try:
         summary = _write(source, options, target)
-        summary["seconds"] = round(time.perf_counter() - began, 1)
+        summary["seconds"] = round(time.perf_counter() - began, 2)
         if remote:
             (staging / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
             CloudUploader.get((str(staging), options.out), keep_local=True).upload_file(SUMMARY)
@@ -276,7 +276,7 @@ def _shrink(image: Image.Image, data: bytes, short_side: int, quality: int) -> b
 
 def report(summary: dict[str, Any], out: str) -> str:
     """What a conversion did, in a few lines."""
-    rate = summary["images"] / max(summary["seconds"], 1e-9)
+    rate = summary["images"] / max(summary["seconds"], 0.01)
     lines = [
         f"{out}: {summary['images']:,} images, {len(summary['classes'])} classes, {summary['bytes'] / 1e6:,.1f} MB, "
         f"{summary['seconds']} s ({rate:,.0f} images/s)"

@@ -11,7 +11,7 @@ GROUPS = [
     {"shards"},
     {"model"},
     {"algorithms", "callbacks"},
-    {"run"},
+    {"run", "curves"},
     {"demo"},
 ]
 KNOWS_COMPOSER = {"model", "algorithms", "callbacks", "run"}

@@ -18,8 +18,8 @@ class Timm(Encoder):
         levels: indices into the model's ``feature_info``, or None for the last level.
         weights: see :class:`rae.backbones.TimmFeatures`.
         input_size: pixels a side.
-        grid: latent tokens a side; None is the finest chosen level's. Finer maps are averaged down to the
-            grid, coarser ones enlarged (bilinear).
+        grid: latent tokens a side; None is the finest chosen level's. Finer maps are folded into channels
+            (space to depth), coarser ones enlarged (bilinear).
     """
 
     def __init__(
@@ -34,7 +34,10 @@ class Timm(Encoder):
         with torch.no_grad():
             maps = features(torch.zeros(1, 3, input_size, input_size))
         grid = grid or max(f.shape[-1] for f in maps)
-        super().__init__(sum(features.channels), input_size, grid, features.mean, features.std)
+        if any(f.shape[-1] > grid and f.shape[-1] % grid for f in maps):
+            raise ValueError(f"grid {grid} does not divide the levels' sizes, {[f.shape[-1] for f in maps]}")
+        channels = sum(f.shape[1] * max(1, f.shape[-1] // grid) ** 2 for f in maps)
+        super().__init__(channels, input_size, grid, features.mean, features.std)
         self.backbone = features.network
 
     def tokens(self, image: Tensor) -> Tensor:
@@ -46,7 +49,7 @@ class Timm(Encoder):
         if size == self.grid:
             return feature
         if size > self.grid:
-            return F.adaptive_avg_pool2d(feature, self.grid)
+            return F.pixel_unshuffle(feature, size // self.grid)
         return F.interpolate(feature, size=(self.grid, self.grid), mode="bilinear", align_corners=False)
 
 

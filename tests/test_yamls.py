@@ -1,0 +1,96 @@
+"""Each shipped configuration loads, builds and trains two batches, with tiny networks put in by overrides."""
+
+import pytest
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchvision.models.vgg import cfgs, make_layers
+
+from rae.config import load_config
+from rae.run import train
+from tests.conftest import GOLDEN, ROOT, metrics_of
+
+YAMLS = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
+ENCODERS = {"rae_mae": ("mae", 64), "rae_siglip2": ("siglip2", 64)}
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory) -> dict[str, str]:
+    """Random weights for VGG's and Inception's real architectures, in the files that users would give."""
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            return None
+
+    root = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    vgg = make_layers(cfgs["D"])
+    torch.save({f"features.{name}": tensor for name, tensor in vgg.state_dict().items()}, root / "vgg.pth")
+    torch.save({}, root / "empty.pth")
+    inception = Unloaded("inception-v3-compat", ["2048"], str(root / "empty.pth"))
+    torch.save(inception.state_dict(), root / "inception.pth")
+    return {"vgg": str(root / "vgg.pth"), "inception": str(root / "inception.pth")}
+
+
+def overrides(name: str, shards, run_dir, backbones) -> list[str]:
+    size = 32 if name == "rae_demo" else 64
+    common = [
+        f"run_dir={run_dir}", f"data.train.path={shards}/train", f"data.eval.path={shards}/eval",
+        "data.eval.limit=4", f"data.image_size={size}", "data.train.resize=72", "data.batch_size=4", "data.workers=0",
+        "model.decoder.embed_dim=48", "model.decoder.depth=1", "model.decoder.num_heads=4", "model.decoder.mlp_dim=96",
+        "trainer.max_duration=2ba", "trainer.eval_interval=2ba", "trainer.save_interval=2ba",
+        "algorithms.adversarial.discriminator_start=0ba", "algorithms.adversarial.start=1ba",
+    ]  # fmt: skip
+    if name == "rae_demo":
+        encoder = "model.encoder.timm"
+        return [*common, f"{encoder}.input_size=32", f"{encoder}.grid=4"]
+    kind, input_size = ENCODERS.get(name, ("dinov2", 56))
+    dino = "algorithms.adversarial.discriminator.dino"
+    return [
+        *common,
+        f"model.encoder.{kind}.pretrained={GOLDEN}/encoders/{kind}-tiny",
+        f"model.encoder.{kind}.input_size={input_size}",
+        f"algorithms.perceptual.weights={backbones['vgg']}", f"metrics.lpips.weights={backbones['vgg']}",
+        f"metrics.rfid.weights={backbones['inception']}",
+        f"{dino}.weights={GOLDEN}/dino_tiny.pth", f"{dino}.embed_dim=32", f"{dino}.depth=4", f"{dino}.num_heads=4",
+        f"{dino}.blocks=[0,1,3]",
+        f"trainer.save_folder={run_dir}/checkpoints", "trainer.device_train_microbatch_size=2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_trains_two_batches(name, shards, tmp_path, backbones, monkeypatch):
+    if name == "rae_dino":
+        monkeypatch.setenv("RAE_BUCKET", "s3://bucket")
+    config = load_config(f"yamls/{name}.yaml", overrides(name, shards, tmp_path / "run", backbones))
+    trainer = train(config)
+    assert int(trainer.state.timestamp.batch) == 2
+    first, second = [r for r in metrics_of(tmp_path / "run") if "loss/train/total" in r]
+    assert {"loss/train/l1", "discriminator/loss", "lr/decoder", "lr/discriminator"} <= first.keys()
+    assert "loss/train/gan" not in first
+    assert {"loss/train/gan", "gan/adaptive_weight"} <= second.keys()
+    evaluated = {n for r in metrics_of(tmp_path / "run") for n in r if n.startswith("metrics/eval/")}
+    assert evaluated == {f"metrics/eval/{metric}" for metric in config.metrics}
+    assert list((tmp_path / "run/checkpoints").glob("*-rank0.pt"))
+    assert list((tmp_path / "run/pictures").glob("*.png"))
+
+
+def test_the_published_recipe(monkeypatch):
+    monkeypatch.setenv("RAE_BUCKET", "s3://bucket")
+    config = load_config("yamls/rae_dino.yaml", [])
+    assert (config.data.batch_size, config.data.image_size, config.model.noise_tau) == (512, 256, 0.8)
+    assert config.optimizer == {"adamw": {"lr": 2e-4, "betas": [0.9, 0.95], "weight_decay": 0.0}}
+    assert config.schedule == {"warmup_cosine": {"warmup": "1ep", "decay_end": "16ep", "final_lr": 2e-5}}
+    gan = config.algorithms["adversarial"]
+    assert (gan["discriminator_start"], gan["start"], gan["weight"]) == ("6ep", "8ep", 0.75)
+    assert config.algorithms["ema"]["decay"] == 0.9978
+    assert config.trainer["precision"] == "amp_bf16"
+    assert config.trainer["save_folder"].startswith("s3://bucket/")
+    assert config.parallelism == "fsdp"
+
+
+def test_a_missing_bucket_is_named(monkeypatch):
+    from rae.registry import UserError
+
+    monkeypatch.delenv("RAE_BUCKET", raising=False)
+    with pytest.raises(UserError, match="RAE_BUCKET"):
+        load_config("yamls/rae_dino.yaml", [])
