@@ -1,5 +1,7 @@
 """Losses between images in [0, 1], GAN losses on logits, and the adaptive weight between them."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,7 +84,9 @@ class LPIPS(nn.Module):
         super().__init__()
         import lpips
 
-        model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it builds torchvision's network by a deprecated argument
+            model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
         state = _torchvision_weights(network) if weights is None else read_state_dict(weight_file(weights))
         backbone = {}
         for name in model.net.state_dict():  # slice2.5.weight is torchvision's features.5.weight

@@ -1,5 +1,7 @@
 """Plugins: each is gone without its entry, a user's own come from a file, Composer's by name."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -51,6 +53,14 @@ def charbonnier(epsilon: float = 1e-3):
 '''
 
 
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    for kind in registry._plugins:
+        registry.plugins(kind)
+    monkeypatch.setattr(registry, "_plugins", {kind: dict(named) for kind, named in registry._plugins.items()})
+
+
 @pytest.fixture
 def settings(shards, tmp_path) -> dict:
     settings = tiny_settings(shards, tmp_path / "run")
@@ -61,7 +71,7 @@ def settings(shards, tmp_path) -> dict:
 
 def run_of(settings) -> list[dict]:
     train(Config.model_validate(settings))
-    return [r for r in metrics_of(__import__("pathlib").Path(settings["run_dir"])) if "loss/train/total" in r]
+    return [r for r in metrics_of(Path(settings["run_dir"])) if "loss/train/total" in r]
 
 
 def test_a_users_own_plugins_from_a_file(settings, tmp_path):
@@ -126,14 +136,13 @@ def test_composers_plugins_by_name(settings, tmp_path):
 
 def test_wandb_gets_figures_and_pictures_offline(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    settings["loggers"]["wandb"] = {"project": "rae", "init_kwargs": {"dir": str(tmp_path)}}
+    settings["loggers"]["wandb"] = {"project": "rae"}
     settings["callbacks"] = {"pictures": {"interval": "2ba", "count": 2}}
     run_of(settings)
-    stored = next(tmp_path.rglob("run-*.wandb")).read_bytes()
+    stored = next((tmp_path / "run/wandb").rglob("run-*.wandb")).read_bytes()
     assert b"loss/train/perceptual" in stored
-    assert list(tmp_path.rglob("media/images/**/*.png"))
+    assert list((tmp_path / "run/wandb").rglob("media/images/**/*.png"))
 
 
 @pytest.mark.parametrize("evaluate", ["ema", "live", "both"])
@@ -141,7 +150,7 @@ def test_which_weights_evaluation_uses(settings, evaluate):
     settings["trainer"] |= {"eval_interval": "3ba"}
     settings["algorithms"]["ema"] = {"decay": 0.999, "evaluate": evaluate}
     trainer = train(Config.model_validate(settings))
-    figures = {k: v for r in metrics_of(trainer_run(settings)) for k, v in r.items() if k.startswith("metrics/")}
+    figures = {k: v for r in metrics_of(Path(settings["run_dir"])) for k, v in r.items() if k.startswith("metrics/")}
     assert ("metrics/eval_live/psnr" in figures) == (evaluate == "both")
     ema = next(a for a in trainer.state.algorithms if hasattr(a, "average"))
     live = psnr_now(trainer)
@@ -151,12 +160,6 @@ def test_which_weights_evaluation_uses(settings, evaluate):
     assert figures["metrics/eval/psnr"] == pytest.approx(live if evaluate == "live" else average, abs=1e-4)
     if evaluate == "both":
         assert figures["metrics/eval_live/psnr"] == pytest.approx(live, abs=1e-4)
-
-
-def trainer_run(settings):
-    from pathlib import Path
-
-    return Path(settings["run_dir"])
 
 
 def psnr_now(trainer) -> float:

@@ -74,4 +74,4 @@ class Pictures(Callback):
         picture = comparison(to_float(self.image), recon).cpu()
         self.folder.mkdir(parents=True, exist_ok=True)
         save_image(picture, self.folder / f"ba{int(state.timestamp.batch):07d}.png")
-        logger.log_images(picture, name="pictures/reconstructions", channels_last=False)
+        logger.log_images(picture, name="pictures/reconstructions", channels_last=False, use_table=False)

@@ -1,0 +1,40 @@
+"""Weights & Biases, for figures and pictures."""
+
+import os
+from typing import Any
+
+from composer.loggers import WandBLogger
+
+from rae.registry import register
+
+
+@register("logger", "wandb", context=("run_dir",))
+class WandB(WandBLogger):
+    """Composer's W&B logger, kept in the run's folder, and not asked for checkpoints when a run resumes.
+
+    Args:
+        run_dir: W&B's local files go there (supplied).
+        project, group, name, entity, tags: as W&B knows them; the name is by default the run's.
+        init_kwargs: further arguments of ``wandb.init``.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        project: str | None = None,
+        group: str | None = None,
+        name: str | None = None,
+        entity: str | None = None,
+        tags: list[str] | None = None,
+        init_kwargs: dict[str, Any] | None = None,
+    ):
+        os.makedirs(run_dir, exist_ok=True)
+        init_kwargs = {"dir": run_dir, **(init_kwargs or {})}
+        super().__init__(project, group, name, entity, tags, init_kwargs=init_kwargs)
+
+    def can_upload_files(self) -> bool:
+        return False
+
+    def download_file(self, remote_file_name: str, *args: Any, **kwargs: Any) -> None:
+        # Composer asks every logger for a checkpoint; without a W&B entity or a connection that would be an error.
+        raise FileNotFoundError(remote_file_name)
