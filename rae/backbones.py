@@ -1,7 +1,6 @@
 """timm backbones as feature extractors, with weights from a hub, a file or an installed package."""
 
 import importlib.util
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,7 @@ class TimmFeatures(nn.Module):
         super().__init__()
         options: dict[str, Any] = {} if levels is None else {"out_indices": tuple(levels)}
         try:
-            if input_size and "img_size" in inspect.signature(timm.models.model_entrypoint(model)).parameters:
-                options["img_size"] = input_size
-            network = timm.create_model(model, pretrained=weights is None, features_only=True, **options)
+            network = _create(model, weights is None, options, input_size)
         except (RuntimeError, AssertionError, IndexError, OSError, ValueError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(f"cannot create the timm model {model!r} with levels {levels}: {reason}") from error
@@ -51,6 +48,15 @@ class TimmFeatures(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         return self.network(self.normalize(image))
+
+
+def _create(model: str, pretrained: bool, options: dict[str, Any], input_size: int | None) -> Any:
+    if input_size is not None:
+        try:  # transformers take their size, convolutional networks take any image
+            return timm.create_model(model, pretrained, features_only=True, img_size=input_size, **options)
+        except TypeError:
+            pass
+    return timm.create_model(model, pretrained, features_only=True, **options)
 
 
 def weight_file(source: str) -> Path:
@@ -84,6 +90,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"cannot read weights from {path}: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"cannot read weights from {path}: it holds a {type(state).__name__}, not named tensors")
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
 from rae.registry import UserError, explain
@@ -14,7 +14,7 @@ from rae.registry import UserError, explain
 PositiveInt = Annotated[int, Field(gt=0)]
 Plugin = dict[str, Any] | str
 """One plugin: ``{name: {argument: value}}``, or its name alone."""
-Plugins = dict[str, dict[str, Any] | None]
+Plugins = Annotated[dict[str, dict[str, Any] | None], BeforeValidator(lambda value: {} if value is None else value)]
 """Several, in order."""
 
 
@@ -135,13 +135,15 @@ def load_config(path: str, overrides: list[str]) -> Config:
         for override in overrides:
             # An override sets its key, so that model.encoder={mae: {}} replaces the encoder instead of adding one.
             key = override.split("=", 1)[0]
-            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key, throw_on_missing=False)
-            OmegaConf.update(loaded, key, "???" if value is None and "???" in override else value, merge=False)
+            value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
+            for part in key.split("."):
+                value = value[part]
+            OmegaConf.update(loaded, key, value, merge=False)
         missing = sorted(OmegaConf.missing_keys(loaded))
         if missing:
             raise UserError(f"missing value: {missing[0]} is required; set it in {path} or as {missing[0]}=…")
         plain = OmegaConf.to_container(loaded, resolve=True)
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
@@ -164,8 +166,11 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML; it can be run again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write to {str(path.parent)!r}: {error.strerror}") from error
 
 
 def world_size() -> int:
@@ -189,6 +194,12 @@ def check_data(config: Config) -> None:
         size = getattr(data, key)
         if size is not None and size % ranks:
             raise UserError(f"data.{key}: {size} cannot be shared equally by {ranks} ranks")
+    if data.train.resize is not None and data.train.resize < data.image_size:
+        raise UserError(f"data.train.resize: {data.train.resize} is smaller than data.image_size, {data.image_size}")
+    if data.eval is None and config.metrics:
+        raise UserError("metrics: there is nothing to evaluate them on; set data.eval.path")
+    if data.eval is not None and data.eval.path == data.train.path:
+        raise UserError("data.eval.path: it is data.train.path too; evaluation needs images of its own")
     for key in ("train", "eval"):
         split = getattr(data, key)
         if split is None or "://" in split.path:

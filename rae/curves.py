@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rae.registry import UserError
 
-PANELS = {  # title -> names in metrics.jsonl (a trailing * takes all that begin so)
+PANELS = {  # title -> names in metrics.jsonl
     "reconstruction losses": ["loss/train/total", "loss/train/l1", "loss/train/perceptual", "loss/train/lpips"],
     "discriminator": ["discriminator/loss", "discriminator/accuracy"],
     "logits": ["discriminator/logits_real", "discriminator/logits_fake"],
@@ -33,7 +33,9 @@ def plot(run_dir: str) -> Path:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run_dir}: there is no metrics.jsonl; turn it on with loggers: {{jsonl: {{}}}}")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    if not records:
+        raise UserError(f"{path}: there are no figures yet")
     series = {
         name: [(r["batch"], r[name]) for r in records if r.get(name) is not None]
         for names in PANELS.values()
@@ -62,7 +64,7 @@ def plot(run_dir: str) -> Path:
 
 
 def _short(name: str) -> str:
-    return {"eval": "EMA weights", "eval_live": "live weights"}.get(name.split("/")[1], name.split("/")[-1])
+    return name.split("/")[1 if name.startswith("metrics/") else -1]
 
 
 def main() -> None:

@@ -77,6 +77,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, features: nn.Module, channels: list[int], input_size: int, kernel_size: int, norm: str):
         super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {kernel_size}")
         self.features = Frozen(features)
         self.input_size = input_size
         self.heads = nn.ModuleList(_head(c, kernel_size, norm) for c in channels)
@@ -129,6 +131,12 @@ def dino(
         kernel_size, norm: see :class:`Discriminator`.
         input_size: images are resized to it.
     """
+    if not all(0 <= block < depth for block in blocks):
+        raise ValueError(f"blocks {blocks} must be between 0 and {depth - 1}")
+    if embed_dim % num_heads or input_size % patch_size:
+        raise ValueError("embed_dim must be a multiple of num_heads, and input_size of patch_size")
+    if weights is None and (embed_dim, depth, num_heads, patch_size, input_size) != (384, 12, 6, 8, 224):
+        raise ValueError("weights are published for the default sizes only; give a file, or random")
     backbone = VisionTransformer(
         img_size=input_size,
         patch_size=patch_size,

@@ -140,7 +140,9 @@ class RAEModel(ComposerModel):
         return {} if is_train else dict(self.eval_metrics)
 
     def update_metric(self, batch: dict[str, Tensor], outputs: Tensor, metric: Metric) -> None:
-        metric.update(outputs, to_float(batch["image"]))
+        # Composer updates metrics inside the training precision, in which networks and SSIM's filter lose digits.
+        with torch.autocast(outputs.device.type, enabled=False):
+            metric.update(outputs.float(), to_float(batch["image"]))
 
 
 def to_float(image: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def warmup_cosine(
     """
     return _warmup_then(
         lambda x: 0.5 * (1 + math.cos(math.pi * x)),
-        final_lr / base_lr,
+        _final_factor(final_lr, base_lr),
         in_steps(warmup, steps_per_epoch),
         in_steps(decay_end, steps_per_epoch),
         warmup_from_zero,
@@ -74,7 +74,7 @@ def warmup_linear(
     """As :func:`warmup_cosine`, with a straight line down to ``final_lr``."""
     return _warmup_then(
         lambda x: 1 - x,
-        final_lr / base_lr,
+        _final_factor(final_lr, base_lr),
         in_steps(warmup, steps_per_epoch),
         in_steps(decay_end, steps_per_epoch),
         warmup_from_zero,
@@ -85,6 +85,12 @@ def warmup_linear(
 def constant_lr() -> Schedule:
     """The base learning rate throughout."""
     return lambda step: 1.0
+
+
+def _final_factor(final_lr: float, base_lr: float) -> float:
+    if base_lr <= 0:
+        raise ValueError(f"a schedule needs a learning rate above 0, not {base_lr}")
+    return final_lr / base_lr
 
 
 def _warmup_then(

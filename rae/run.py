@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # What build_trainer passes itself: another mechanism of the configuration decides each of these.
 _OURS = (
     *("model", "train_dataloader", "eval_dataloader", "optimizers", "schedulers", "algorithms", "algorithm_passes"),
+    "step_schedulers_every_batch",
     *("callbacks", "loggers", "parallelism_config", "seed", "run_name"),
 )
 _OUR_STREAMING = ("streams", "remote", "local", "batch_size", "shuffle", "shuffle_seed", "num_canonical_nodes")
@@ -68,8 +69,11 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
     check_arguments(Trainer, arguments, "trainer", _OURS)
     if arguments.get("max_duration") is None:
         raise UserError("missing value: trainer.max_duration is required, such as 16ep")
-    if arguments.get("device_train_microbatch_size") == "auto":
-        raise UserError("trainer.device_train_microbatch_size: 'auto' is not supported; give a number of images a rank")
+    microbatch = arguments.get("device_train_microbatch_size", 1)
+    if not isinstance(microbatch, int) or microbatch < 1:
+        raise UserError(
+            f"trainer.device_train_microbatch_size: {microbatch!r} is not supported; give a number of images a rank"
+        )
     if arguments.get("device") == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.device: this machine has no GPU that torch can use; leave the key out for the CPU")
     if arguments.get("precision") not in (None, *_PRECISIONS):
@@ -120,13 +124,14 @@ def build_trainer(config: Config) -> Trainer:
     # Composer runs AFTER events from the last algorithm to the first: gradients are mended before they are clipped.
     algorithms = [*_build_all("algorithm", config.algorithms, context), GlooGradients()]
     arguments.setdefault("save_folder", f"{config.run_dir}/checkpoints")
-    arguments.setdefault("autoresume", True)
+    arguments.setdefault("autoresume", arguments["save_folder"] is not None)
+    arguments.setdefault("save_overwrite", True)  # a killed run may leave a file that is newer than its last whole one
     arguments.setdefault("progress_bar", sys.stderr.isatty())
     loggers = dict(config.loggers)
     if not arguments["progress_bar"]:
         loggers.setdefault("console", {})
     arguments.setdefault("auto_log_hparams", False)
-    return Trainer(
+    passed = dict(
         model=model,
         train_dataloader=loader,
         eval_dataloader=_evaluators(config, evaluation, algorithms),
@@ -140,8 +145,17 @@ def build_trainer(config: Config) -> Trainer:
         parallelism_config=_parallelism(config),
         seed=config.seed,
         run_name=config.run_name,
-        **arguments,
     )
+    try:
+        return Trainer(**passed, **arguments)
+    except (ValueError, OSError) as error:
+        raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        raise UserError(
+            f"the checkpoints of {config.run_name!r} are of another model; give another run_name and run_dir"
+        ) from error
 
 
 def _precision(wanted: str | None, device: str | None) -> str:
@@ -256,8 +270,14 @@ def _finished(config: Config, state: State) -> bool:
         return True
     # A checkpoint of an epoch's last step precedes the epoch's end, and the evaluation there.
     steps = last.value * int(state.dataloader_len or 0) if last.unit == TimeUnit.EPOCH else None
-    evaluated = Path(config.run_dir, "metrics.json").exists() or not state.evaluators
-    return steps is not None and int(state.timestamp.batch) >= steps and evaluated
+    done = [steps is not None and int(state.timestamp.batch) >= steps and _evaluated(config, state)]
+    dist.broadcast_object_list(done, src=0)  # the metrics are on rank 0's disk
+    return done[0]
+
+
+def _evaluated(config: Config, state: State) -> bool:
+    path = Path(config.run_dir, "metrics.json")
+    return not state.evaluators or (path.exists() and json.loads(path.read_text())["batch"] >= state.timestamp.batch)
 
 
 def _save_final_metrics(config: Config, trainer: Trainer) -> None:
@@ -267,4 +287,5 @@ def _save_final_metrics(config: Config, trainer: Trainer) -> None:
         if all(metric.update_called for metric in metrics.values())
     }
     if rank() == 0 and final:
-        Path(config.run_dir, "metrics.json").write_text(json.dumps(final, indent=2) + "\n")
+        record = {"batch": int(trainer.state.timestamp.batch), **final}
+        Path(config.run_dir, "metrics.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -114,8 +114,11 @@ def run_command(convert: Any) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: the data set is not finished", file=sys.stderr)
         sys.exit(130)
 
 
@@ -161,15 +164,17 @@ def write_shards(source: ImageSource, options: Options) -> dict[str, Any]:
 
 
 def _refuse_existing(options: Options, remote: bool) -> None:
-    if options.overwrite:
-        return
     hint = "give another place, or --overwrite to replace it"
     if not remote:
         out = Path(options.out)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{options.out} already exists; {hint}")
-        if out.is_dir():
+        if out.is_dir() and not any(out.iterdir()):
             out.rmdir()
+        elif out.exists() and not (out / "index.json").is_file():
+            raise UserError(f"{options.out} exists and is not an MDS data set; give another place")
+        elif out.exists() and not options.overwrite:
+            raise UserError(f"{options.out} already exists; {hint}")
+        return
+    if options.overwrite:
         return
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -250,8 +255,9 @@ class _Encode(Dataset):
         self.source, self.options = source, options
 
     def __getitem__(self, index: int) -> tuple[str, bytes, int, str]:
-        name, data, label = self.source[int(index)]
+        name, data, label = f"image {int(index)}", b"", 0
         try:
+            name, data, label = self.source[int(index)]
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 image = open_rgb(data)

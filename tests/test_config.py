@@ -54,7 +54,7 @@ FAULTS = {
     "trainer time": (["trainer.max_duration=8epocs"], "trainer.max_duration: '8epocs' is not a time such as"),
     "trainer key": (["trainer.max_duraton=8ep"], "unknown key 'trainer.max_duraton' (did you mean 'max_duration'?)"),
     "trainer key of ours": (["trainer.algorithms=[]"], "trainer.algorithms: this is set by"),
-    "auto microbatches": (["trainer.device_train_microbatch_size=auto"], "'auto' is not supported"),
+    "auto microbatches": (["trainer.device_train_microbatch_size=auto"], "'auto' is not supported; give a number"),
     "device": (["trainer.device=gpu"], "trainer.device: this machine has no GPU"),
     "precision": (["trainer.precision=fp12"], "trainer.precision: 'fp12' is none of fp32, amp_bf16, amp_fp16"),
     "missing path": (["data.train.path=/no/where"], "data.train.path: there is no folder '/no/where'"),
@@ -65,6 +65,11 @@ FAULTS = {
         ["algorithms.gradient_clipping.clipping_type=norm"],
         "missing value: algorithms.gradient_clipping.clipping_threshold is required",
     ),
+    "microbatches": (["trainer.device_train_microbatch_size=0"], "device_train_microbatch_size: 0 is not supported"),
+    "resize": (["data.train.resize=32"], "data.train.resize: 32 is smaller than data.image_size, 64"),
+    "same data": (["data.eval.path=${data.train.path}"], "evaluation needs images of its own"),
+    "nothing to evaluate": (["data.eval=null"], "metrics: there is nothing to evaluate them on"),
+    "trainer's other key": (["trainer.step_schedulers_every_batch=true"], "this is set by"),
     "metric": (["metrics.pnsr={}"], "unknown metric 'pnsr' (did you mean 'psnr'?)"),
 }
 

@@ -118,14 +118,21 @@ def test_unreadable_images_are_named_and_limited(images, tmp_path):
 
 
 def test_an_existing_output_is_not_overwritten_silently(images, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/precious.txt").write_text("mine")
+    convert(FOLDER, images / "dogs", tmp_path / "out")
     refused = convert(FOLDER, images, tmp_path / "out", check=False)
     assert refused.returncode == 2
     assert "already exists" in refused.stderr
-    assert (tmp_path / "out/precious.txt").exists()
+    assert len(json.loads((tmp_path / "out/dataset.json").read_text())["counts"]) == 1
     convert(FOLDER, images, tmp_path / "out", "--overwrite")
-    assert len(read(tmp_path / "out")) == 10
+    assert len(json.loads((tmp_path / "out/dataset.json").read_text())["counts"]) == 3
+
+
+def test_overwriting_spares_what_is_no_data_set(images):
+    before = sorted(images.rglob("*"))
+    refused = convert(FOLDER, images, images, "--overwrite", check=False)
+    assert refused.returncode == 2
+    assert "is not an MDS data set" in refused.stderr
+    assert sorted(images.rglob("*")) == before
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
@@ -152,7 +159,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(tmp_path, 
     assert not (tmp_path / "out").exists()
     assert not (staging / "index.json").exists()
     if stop == signal.SIGINT:
-        assert stderr.splitlines()[-1] == "interrupted: nothing was written"
+        assert stderr.splitlines()[-1] == "interrupted: the data set is not finished"
         assert not staging.exists()
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from composer import Algorithm, Event, Logger, State
 from composer.core import Precision, get_precision_context
+from composer.optim import ComposerScheduler
 from composer.utils import dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -14,7 +15,7 @@ from rae.algorithms.base import reached
 from rae.discriminator import diff_augment
 from rae.losses import D_LOSSES, G_LOSSES, adaptive_weight, last_layer_gradient
 from rae.model import RAEModel, quantize, to_float
-from rae.registry import PluginEntry, TimeString, build, register
+from rae.registry import PluginEntry, TimeString, build, check_arguments, register
 
 
 class _Backpropagate(torch.autograd.Function):
@@ -93,6 +94,8 @@ class Adversarial(Algorithm):
         if updates_per_step < 1:
             raise ValueError(f"updates_per_step must be at least 1, not {updates_per_step}")
         where = "algorithms.adversarial"
+        if isinstance(augment, dict):
+            check_arguments(diff_augment, augment, f"{where}.augment", ("image",))
         self.discriminator = build("discriminator", discriminator, f"{where}.discriminator")
         self.parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
         self.optimizer = build("optimizer", optimizer, f"{where}.optimizer", params=self.parameters)
@@ -103,6 +106,10 @@ class Adversarial(Algorithm):
             base_lr=self.optimizer.param_groups[0]["lr"],
             steps_per_epoch=steps_per_epoch,
         )
+        if isinstance(factor, ComposerScheduler):
+            raise ValueError(
+                "the discriminator's schedule must be one of ours: warmup_cosine, warmup_linear, constant_lr"
+            )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.discriminator_loss, self.generator_loss = D_LOSSES[loss], G_LOSSES[generator_loss]
@@ -136,12 +143,14 @@ class Adversarial(Algorithm):
     def _to_device(self, state: State) -> None:
         state.device.module_to_device(self.discriminator)
         device = self.parameters[0].device
-        for p in self.parameters:  # a sharded load fills only what is already there
-            self.optimizer.state[p] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+        if isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            for p in self.parameters:  # a sharded load fills only what is already there
+                on_device = self.optimizer.defaults["fused"] or self.optimizer.defaults["capturable"]
+                self.optimizer.state[p] = {
+                    "step": torch.tensor(0.0, device=p.device if on_device else "cpu"),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
         self.scaler = torch.amp.GradScaler(device.type, enabled=state.precision == Precision.AMP_FP16)
 
     def _augmented(self, image: Tensor) -> Tensor:

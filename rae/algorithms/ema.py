@@ -24,7 +24,7 @@ def update_ema(average: list[Tensor], weights: list[Tensor], decay: float) -> No
 
 @register("algorithm", "ema")
 class EMA(Algorithm):
-    """Average the trained weights after every step; evaluate (and export) the average.
+    """Average the trained weights after every step; evaluate the average.
 
     The average starts as a copy of the weights. It never enters the model while training: evaluation swaps the
     two and swaps them back. Under FSDP each rank averages its own shards, without communication.
@@ -41,13 +41,18 @@ class EMA(Algorithm):
         self.weights: dict[str, nn.Parameter] = {}
         self.average: dict[str, Tensor] = {}
         self.sharded_units: list[FSDPModule] = []
+        self.loaded = False
 
     def match(self, event: Event, state: State) -> bool:
-        return event in (Event.BEFORE_LOAD, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
+        events = (Event.BEFORE_LOAD, Event.AFTER_LOAD, Event.BATCH_END, Event.EVAL_START, Event.EVAL_END)
+        return event in events
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.BEFORE_LOAD:  # the model is on its device, and sharded if it is to be
             self.start(state.model)
+        elif event == Event.AFTER_LOAD:
+            if not self.loaded:  # weights may have come without an average: from another run, or before ema was on
+                self.start(state.model)
         elif event == Event.BATCH_END:
             update_ema(self._local(self.average), self._local(self.weights), self.decay)
         elif self.evaluates_average(state.dataloader_label):
@@ -97,9 +102,10 @@ class EMA(Algorithm):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["average"].keys() != self.average.keys():
-            raise ValueError("the checkpoint's average is of another model")
+            raise ValueError("the checkpoint's average is of another model; give another run_name and run_dir")
         for name, own in self.average.items():
             saved = state["average"][name].to(own.device)
             if isinstance(own, DTensor):
                 saved = distribute_tensor(saved, own.device_mesh, own.placements)
             own.copy_(saved)
+        self.loaded = True

@@ -38,6 +38,7 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> tuple[nn.Modu
     Raises:
         UserError: neither a local folder nor reachable on the hub, or of another architecture.
     """
+    from safetensors import SafetensorError
     from transformers import BaseImageProcessor
     from transformers.utils import logging
 
@@ -45,8 +46,8 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> tuple[nn.Modu
     logging.set_verbosity_error()  # it lists the weights that a part of a model leaves unused
     try:
         processor, _ = BaseImageProcessor.get_image_processor_dict(name)
-        model = model_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+        model, loading = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"cannot load the encoder {name!r}: {reason} (give a hub id, with a connection or a filled cache, "
@@ -54,6 +55,12 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> tuple[nn.Modu
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+    lacking = [key for key in (*loading["missing_keys"], *loading["mismatched_keys"]) if "pooler" not in str(key)]
+    if lacking:
+        raise UserError(
+            f"cannot load the encoder {name!r}: it lacks weights of a {model_class.__name__}, such as {lacking[0]}; "
+            "is it of another family, or incomplete?"
+        )
     return model, processor
 
 

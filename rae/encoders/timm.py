@@ -33,6 +33,8 @@ class Timm(Encoder):
         features = TimmFeatures(model, levels or [-1], weights, input_size).eval()
         with torch.no_grad():
             maps = features(torch.zeros(1, 3, input_size, input_size))
+        if [f.shape[1] for f in maps] != features.channels:
+            raise ValueError(f"{model} gives its features in another layout than (B, C, h, w)")
         grid = grid or max(f.shape[-1] for f in maps)
         if any(f.shape[-1] > grid and f.shape[-1] % grid for f in maps):
             raise ValueError(f"grid {grid} does not divide the levels' sizes, {[f.shape[-1] for f in maps]}")
