@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -79,11 +80,20 @@ def prepare_data() -> None:
 def train_and_stop() -> None:
     """Start training, and end it as a preempted machine would once it has a checkpoint."""
     _say(f"$ {' '.join(TRAIN)}      (to be stopped after step {STOP_AFTER})")
-    process = subprocess.Popen(_command(TRAIN))
+    process = subprocess.Popen(_command(TRAIN), stderr=subprocess.PIPE, text=True)
+    stopping = threading.Event()
+
+    def relay() -> None:
+        for line in process.stderr or ():
+            if not stopping.is_set():  # after that it is the launcher's account of its own end
+                print(line, end="", file=sys.stderr, flush=True)
+
+    threading.Thread(target=relay, daemon=True).start()
     try:
         while process.poll() is None and _steps_done() < STOP_AFTER:
             time.sleep(0.2)
     finally:
+        stopping.set()
         process.terminate()
         process.wait()
     if _steps_done() < STOP_AFTER:

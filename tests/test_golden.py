@@ -48,6 +48,27 @@ def test_names_of_existing_configurations(alias, name):
     assert type(build("encoder", {alias: TINY[name][name]}, "")) is type(build("encoder", TINY[name], ""))
 
 
+@pytest.mark.parametrize(("family", "folder"), [("mae", "dinov2"), ("siglip2", "mae"), ("dinov2", "mae")])
+def test_an_encoder_of_another_family_is_refused(family, folder):
+    """transformers would fill what is missing with random weights."""
+    with pytest.raises(UserError):
+        build("encoder", {family: {"pretrained": str(GOLDEN / f"encoders/{folder}-tiny"), "input_size": 64}}, "")
+
+
+def test_a_timm_vision_transformer_takes_its_input_size_and_levels():
+    settings = {"model": "vit_tiny_patch16_224", "levels": [2, 5], "weights": "random", "input_size": 64}
+    encoder = build("encoder", {"timm": settings}, "")
+    assert (encoder.grid, encoder.embed_dim) == (4, 384)
+    assert encoder(torch.rand(2, 3, 80, 80)).shape == (2, 16, 384)
+
+
+def test_finer_levels_are_folded_and_coarser_ones_enlarged():
+    settings = {"model": "tf_efficientnet_lite0", "levels": [1, 2, 3], "weights": "random", "input_size": 64, "grid": 8}
+    encoder = build("encoder", {"timm": settings}, "")
+    assert encoder.embed_dim == 24 * 4 + 40 + 112
+    assert encoder(torch.rand(2, 3, 64, 64)).shape == (2, 64, encoder.embed_dim)
+
+
 def test_latent_of_another_grid_is_resized():
     tensors = golden("rae_forward")
     latent = tensors["decoder_interp.latent_tokens"].transpose(1, 2).reshape(2, 32, 3, 3)

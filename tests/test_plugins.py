@@ -162,6 +162,21 @@ def test_which_weights_evaluation_uses(settings, evaluate):
         assert figures["metrics/eval_live/psnr"] == pytest.approx(live, abs=1e-4)
 
 
+def test_weights_loaded_without_an_average_begin_one(settings, tmp_path):
+    first = train(Config.model_validate(settings))
+    settings |= {"run_dir": str(tmp_path / "other")}
+    settings["trainer"] |= {
+        "load_path": str(tmp_path / "run/checkpoints/latest-rank0.pt"),
+        "load_weights_only": True,
+        "max_duration": "1ba",
+    }
+    second = train(Config.model_validate(settings))
+    loaded = dict(first.state.model.named_parameters())
+    ema = next(a for a in second.state.algorithms if hasattr(a, "average"))
+    for name, average in ema.average.items():  # one step at 1e-3 of learning rate, averaged at 0.9
+        assert float((average - loaded[name]).abs().max()) < 1e-3, name
+
+
 def psnr_now(trainer) -> float:
     from rae.metrics import psnr
 
