@@ -183,6 +183,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL (``s3://…``) rather than a local one."""
+    return "://" in path
+
+
 def check_data(config: Config) -> None:
     """Check batch sizes against ranks, and that local data sets are there.
 
@@ -202,7 +207,7 @@ def check_data(config: Config) -> None:
         raise UserError("data.eval.path: it is data.train.path too; evaluation needs images of its own")
     for key in ("train", "eval"):
         split = getattr(data, key)
-        if split is None or "://" in split.path:
+        if split is None or is_remote(split.path):
             continue
         if not Path(split.path).is_dir():
             raise UserError(

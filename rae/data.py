@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from rae.config import is_remote
+
 Transform = Callable[[bytes, np.random.Generator], Tensor]
 
 
@@ -134,11 +136,6 @@ def open_dataset(path: str, cache: str | Path, **kwargs: Any) -> ImageDataset:
     if is_remote(path):
         return ImageDataset(remote=path, local=str(cache), **kwargs)
     return ImageDataset(local=path, **kwargs)
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL (``s3://…``) rather than a local one."""
-    return "://" in path
 
 
 def train_loader(dataset: ImageDataset, batch_size: int, workers: int, prefetch: int) -> DataLoader:

@@ -24,7 +24,8 @@ from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from rae.data import is_remote, open_rgb, start_worker
+from rae.config import is_remote
+from rae.data import open_rgb, start_worker
 from rae.registry import UserError
 
 COLUMNS = {"image": "bytes", "label": "int", "path": "str"}

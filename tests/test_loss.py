@@ -13,7 +13,7 @@ from rae.losses import FeatureDistance, adaptive_weight, last_layer_gradient
 from rae.model import quantize, to_float
 from rae.registry import build
 from rae.run import build_model
-from tests.conftest import TINY, TINY_DINO, relative_error, tiny_settings
+from tests.conftest import TINY_DINO, relative_error, tiny_settings
 
 
 class CountedDistance(FeatureDistance):
@@ -238,4 +238,3 @@ def test_latent_noise_is_uniform_a_sample_and_absent_in_eval(parts):
     assert float(draws.min()) > 0
     assert float(draws.max()) < 0.8 * 1.2
     assert float(draws.mean()) == pytest.approx(0.4, rel=0.06)
-    assert TINY
