@@ -5,6 +5,7 @@ import os
 import sys
 
 from rae.config import load_config
+from rae.processes import follow_parent
 from rae.registry import UserError
 
 
@@ -16,6 +17,8 @@ def main() -> None:
     parser.add_argument("config", help="YAML file, e.g. yamls/rae_dino.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key, e.g. data.batch_size=64")
     arguments = parser.parse_args()
+    if "LOCAL_RANK" in os.environ:
+        follow_parent()  # a rank that outlived its killed launcher would train on beside the next start
     try:
         config = load_config(arguments.config, arguments.overrides)
         from rae.run import train  # Composer takes seconds to import: not before the configuration stands

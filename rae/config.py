@@ -78,6 +78,8 @@ class DecoderSizes(Section):
     num_heads: PositiveInt | None = None
     mlp_dim: PositiveInt | None = None
     trainable_positions: bool = False
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them."""
     weights: str | None = None
     """A published decoder file to start from."""
 
@@ -91,6 +93,15 @@ class Model(Section):
     noise: Literal["uniform", "half_normal"] = "uniform"
     latent_stats: str | None = None
     pixel_loss: Plugin = "l1"
+
+
+class Checkpoints(Section):
+    """How checkpoints are treated; where and when they are saved is among the trainer's arguments."""
+
+    damaged: Literal["older", "stop"] = "older"
+    """What to do when the newest is incomplete or damaged: go on from an older one, or stop."""
+    upload_attempts: PositiveInt = 10
+    """Attempts to upload a file before the run stops; the pauses between them double from a second on."""
 
 
 class Config(Section):
@@ -112,7 +123,8 @@ class Config(Section):
     metrics: Plugins = {}
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     fsdp: dict[str, Any] = {}
-    """Arguments of Composer's FSDP2Config."""
+    """Arguments of Composer's FSDP2Config; ``replicas: N`` shards within each of N groups of ranks (hybrid)."""
+    checkpoints: Checkpoints = Checkpoints()
     trainer: dict[str, Any]
     """Arguments of composer.Trainer, as they are; max_duration is required."""
 
@@ -164,11 +176,16 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     return list(section.model_fields)
 
 
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML; it can be run again."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
+
+
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML; it can be run again."""
+    """Write the resolved configuration to a file; see :func:`to_yaml`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump())))
+        path.write_text(to_yaml(config))
     except OSError as error:
         raise UserError(f"run_dir: cannot write to {str(path.parent)!r}: {error.strerror}") from error
 

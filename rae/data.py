@@ -1,10 +1,8 @@
 """Streamed image data: MDS shards to uint8 batches, with augmentation that depends on (seed, epoch, sample) alone."""
 
 import io
-import os
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,15 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image, ImageOps
 from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.dataset import _ShardState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from rae.config import is_remote
+from rae.processes import follow_parent, outlive_signals
+from rae.registry import UserError
+from rae.storage import reason
 
 Transform = Callable[[bytes, np.random.Generator], Tensor]
 
@@ -91,6 +93,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+class DataError(UserError):
+    """Training data that cannot be read. Worker processes pass it on with its traceback as the message."""
+
+
 class ImageDataset(StreamingDataset):
     """MDS shards of encoded images (columns ``image``: bytes, ``label``: int) as uint8 tensors.
 
@@ -104,6 +110,45 @@ class ImageDataset(StreamingDataset):
     def __init__(self, *, transform: Transform, seed: int, **kwargs: Any):
         super().__init__(shuffle_seed=seed, **kwargs)
         self.transform, self.seed = transform, seed
+        self.fault: BaseException | None = None
+        for stream in self.streams:  # forked workers would share the connection that fetched the index
+            if stream._downloader is not None:
+                stream._downloader.clean_up()
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        # Streaming would leave a shard that failed in state PREPARING, which others wait for, and a damaged file in
+        # the cache, which is used the next time.
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            stream, shard = self.streams[self.stream_per_shard[shard_id]], self.shards[shard_id]
+            if stream.remote is not None:
+                for info in filter(None, shard.file_pairs[0]):
+                    Path(stream.local, stream.split, info.basename).unlink(missing_ok=True)
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            name, place = shard.file_pairs[0][0].basename, stream.remote or stream.local
+            raise DataError(f"shard {name} of {place} cannot be used: {reason(error)}") from error
+
+    def on_exception(self, future: Future) -> None:
+        if future.exception() is not None:
+            self.fault = self.fault or future.exception()
+            self._event.set()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            raise self.fault or error from error
+        if self.fault is not None:  # Streaming would end the epoch here as if all were read
+            raise self.fault
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0 and self.next_epoch > 0:
+            # At an epoch's end Composer has set its count back to 0, while Streaming still names the epoch that ended:
+            # a run that goes on from there would see it again.
+            state["epoch"] += 1
+        return state
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         sample = super().get_item(sample_id, retry)
@@ -165,13 +210,7 @@ def _loader_options(batch_size: int, workers: int, prefetch: int) -> dict[str, A
 
 
 def start_worker(worker: int) -> None:
-    """One thread a worker process, and an end to it when its parent was killed: it may wait on a full pipe."""
+    """One thread a worker process, which ends with its parent and not before it."""
     torch.set_num_threads(1)
-    parent = os.getppid()
-
-    def follow_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
+    follow_parent()
+    outlive_signals()

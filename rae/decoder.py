@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rae.backbones import read_state_dict, weight_file
 from rae.layers import sincos_positions, unpatchify
@@ -46,6 +47,7 @@ class Decoder(nn.Module):
         size: a name in :data:`SIZES`, or None with the four explicit sizes.
         embed_dim, depth, num_heads, mlp_dim: explicit sizes, each overriding the named one.
         trainable_positions: train the sin-cos table (as the public training script does) or keep it fixed.
+        activation_checkpointing: keep only each block's input for the backward pass, and compute the rest again.
 
     Raises:
         ValueError: sizes that are unknown, missing, or do not divide.
@@ -62,6 +64,7 @@ class Decoder(nn.Module):
         num_heads: int | None = None,
         mlp_dim: int | None = None,
         trainable_positions: bool = False,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         if size is not None and size not in SIZES:
@@ -76,6 +79,7 @@ class Decoder(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not a multiple of the decoder's patch_size {patch_size}")
         self.grid, self.patch_size = image_size // patch_size, patch_size
+        self.activation_checkpointing = activation_checkpointing
         norm = partial(nn.LayerNorm, eps=1e-12)
         self.embed = nn.Linear(latent_dim, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -104,7 +108,7 @@ class Decoder(nn.Module):
         x = self.embed(latent.flatten(2).transpose(1, 2))  # (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.activation_checkpointing else block(x)
         hidden = self.norm(x)[:, 1:]
         return unpatchify(self.head(hidden), self.patch_size), hidden
 

@@ -89,10 +89,6 @@ class RAE(nn.Module):
         """What FSDP shards as a unit: each decoder block, and the decoder, which is called by itself."""
         return module is self.decoder or any(module is block for block in self.decoder.blocks)
 
-    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        """What activation checkpointing recomputes: each decoder block."""
-        return any(module is block for block in self.decoder.blocks)
-
 
 def _read_stats(path: str, encoder: Encoder) -> tuple[Tensor, Tensor]:
     state = read_state_dict(weight_file(path))

@@ -2,18 +2,22 @@
 
 import json
 import logging
+import pickle
+import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import composer.algorithms
 import torch
-from composer import Evaluator, State, Trainer
-from composer.core import TimeUnit
+from composer import Evaluator, Trainer
+from composer.devices import Device
 from composer.optim import ComposerScheduler
 from composer.utils import dist, get_device, reproducibility
-from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from composer.utils.checkpoint import glob_filter
 from streaming import StreamingDataset
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,11 +25,17 @@ from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.ema import LIVE_SUFFIX
 from rae.algorithms.gloo import GlooGradients
 from rae.callbacks.begin_step import BeginStep
-from rae.config import Config, check_data, rank, save_config, world_size
-from rae.data import ImageDataset, eval_loader, eval_transform, open_dataset, train_loader, train_transform
+from rae.callbacks.checkpointer import Checkpointer
+from rae.checkpoints import METRICS, without_code
+from rae.config import Config, check_data, is_remote, rank, save_config, to_yaml, world_size
+from rae.data import DataError, ImageDataset, eval_loader, eval_transform, open_dataset, train_loader, train_transform
 from rae.decoder import Decoder, load_published
 from rae.model import RAE, RAEModel
+from rae.parallelism import check_sharding, parallelism, saves_sharded
+from rae.processes import RunLock, one_at_a_time, remove_dead_segments
 from rae.registry import UserError, build, check_arguments, check_plugin, import_plugins, parse_time
+from rae.resume import changes, clear, given, loadable, newest
+from rae.storage import RemoteFolder, can_delete
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +44,12 @@ _OURS = (
     *("model", "train_dataloader", "eval_dataloader", "optimizers", "schedulers", "algorithms", "algorithm_passes"),
     "step_schedulers_every_batch",
     *("callbacks", "loggers", "parallelism_config", "seed", "run_name"),
+    *("load_object_store", "load_exclude_algorithms", "save_filename", "save_latest_filename", "save_overwrite"),
+    *("save_ignore_keys", "save_weights_only", "save_metrics"),
 )
 _OUR_STREAMING = ("streams", "remote", "local", "batch_size", "shuffle", "shuffle_seed", "num_canonical_nodes")
-_NOT_FOR_USERS = ("Cannot split tensor of length", "No batches were trained")  # warnings about what is as it should be
+# Warnings about what is as it should be.
+_NOT_FOR_USERS = ("Cannot split tensor of length", "No batches were trained", "TypedStorage is deprecated")
 _PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 _TIMES = ("max_duration", "save_interval", "eval_interval")
 
@@ -57,9 +70,10 @@ def check(config: Config) -> None:
     for kind in ("algorithm", "callback", "logger", "metric"):
         for name, arguments in getattr(config, f"{kind}s").items():
             check_plugin(kind, {name: arguments}, f"{kind}s")
-    check_arguments(FSDP2Config, config.fsdp, "fsdp")
     check_arguments(StreamingDataset, config.data.streaming, "data.streaming", _OUR_STREAMING)
     _check_trainer(config.trainer)
+    _check_saving(config.trainer)
+    check_sharding(config)
 
 
 def _check_trainer(arguments: dict[str, Any]) -> None:
@@ -87,6 +101,20 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
                 raise UserError(f"trainer.{key}: {error}") from error
 
 
+def _check_saving(arguments: dict[str, Any]) -> None:
+    folder, keep = arguments.get("save_folder"), arguments.get("save_num_checkpoints_to_keep", -1)
+    if keep != -1 and keep < 1:
+        raise UserError(f"trainer.save_num_checkpoints_to_keep: {keep} must be at least 1, or -1 to keep all")
+    if folder is None:
+        if arguments.get("autoresume") and "save_folder" in arguments:
+            raise UserError("trainer.autoresume: there is nothing to go on from without trainer.save_folder")
+    elif is_remote(folder) and keep != -1 and not can_delete(folder):
+        raise UserError(
+            f"trainer.save_num_checkpoints_to_keep: objects in {folder} cannot be deleted from here; "
+            "leave it out, and let the bucket's own lifecycle rules remove old ones"
+        )
+
+
 def build_model(config: Config) -> RAEModel:
     """The autoencoder that the configuration describes, for Composer."""
     encoder = build("encoder", config.model.encoder, "model.encoder")
@@ -104,17 +132,18 @@ def build_model(config: Config) -> RAEModel:
 
 
 def build_trainer(config: Config) -> Trainer:
-    """A Trainer ready to fit; the resolved configuration is saved in the run's folder.
+    """A Trainer ready to fit, at the run's newest checkpoint if it has one.
 
     Raises:
-        UserError: something that :func:`check` could not see: weights, shapes, too little data.
+        UserError: something that :func:`check` could not see: weights, shapes, too little data, a bucket.
     """
     arguments = dict(config.trainer)
     arguments["precision"] = _precision(arguments.get("precision"), arguments.get("device"))
-    device = get_device(arguments.get("device"))
-    dist.initialize_dist(device, timeout=arguments.get("dist_timeout", 300.0))
+    device = _initialize(config)
     if rank() == 0:
         save_config(config, Path(config.run_dir) / "config.yaml")
+    checkpointer = _checkpointer(config, arguments)
+    checkpoint = _checkpoint(config, arguments, checkpointer)
     evaluation = _open_eval(config)
     loader = _train_loader(config)
     reproducibility.seed_all(config.seed)  # every rank starts from the same weights
@@ -123,14 +152,12 @@ def build_trainer(config: Config) -> Trainer:
     context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation)
     # Composer runs AFTER events from the last algorithm to the first: gradients are mended before they are clipped.
     algorithms = [*_build_all("algorithm", config.algorithms, context), GlooGradients()]
-    arguments.setdefault("save_folder", f"{config.run_dir}/checkpoints")
-    arguments.setdefault("autoresume", arguments["save_folder"] is not None)
-    arguments.setdefault("save_overwrite", True)  # a killed run may leave a file that is newer than its last whole one
     arguments.setdefault("progress_bar", sys.stderr.isatty())
     loggers = dict(config.loggers)
     if not arguments["progress_bar"]:
         loggers.setdefault("console", {})
     arguments.setdefault("auto_log_hparams", False)
+    callbacks = [BeginStep(config.seed), *_build_all("callback", config.callbacks, context)]
     passed = dict(
         model=model,
         train_dataloader=loader,
@@ -140,14 +167,21 @@ def build_trainer(config: Config) -> Trainer:
         step_schedulers_every_batch=True,
         algorithms=algorithms,
         algorithm_passes=[adversarial_last],
-        callbacks=[BeginStep(config.seed), *_build_all("callback", config.callbacks, context)],
+        callbacks=[*callbacks, *([checkpointer] if checkpointer else [])],
         loggers=_build_all("logger", loggers, context),
-        parallelism_config=_parallelism(config),
+        parallelism_config=parallelism(config),
         seed=config.seed,
         run_name=config.run_name,
     )
+    ignored = arguments.pop("load_ignore_keys", None)
+    with _loading(config, checkpoint, ignored) as load, _explained(config):
+        return Trainer(**passed, **arguments, **load)
+
+
+@contextmanager
+def _explained(config: Config) -> Iterator[None]:
     try:
-        return Trainer(**passed, **arguments)
+        yield
     except (ValueError, OSError) as error:
         raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
     except RuntimeError as error:
@@ -156,6 +190,75 @@ def build_trainer(config: Config) -> Trainer:
         raise UserError(
             f"the checkpoints of {config.run_name!r} are of another model; give another run_name and run_dir"
         ) from error
+
+
+@contextmanager
+def _alone(run_dir: str) -> Iterator[None]:
+    """No process of an earlier start is left, and none of a later one begins, inside this context."""
+    try:
+        lock = RunLock(run_dir)
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write to {run_dir!r}: {error.strerror}") from error
+    with lock.file:
+        if rank() == 0:
+            lock.acquire()
+        dist.barrier()
+        lock.share()
+        yield
+
+
+def _checkpoint(config: Config, arguments: dict[str, Any], checkpointer: Checkpointer | None) -> Path | None:
+    """The checkpoint to go on from, or to begin with; takes ``autoresume`` and ``load_path`` out of ``arguments``."""
+    scratch = _scratch(config)
+    load_path, autoresume = arguments.pop("load_path", None), arguments.pop("autoresume", True)
+    if checkpointer is not None and autoresume:
+        found = newest(checkpointer.places(), scratch, config.checkpoints.damaged)
+        if found is not None:
+            checkpointer.resumed(found)
+            for key in ("load_weights_only", "load_ignore_keys"):  # those are about load_path
+                arguments.pop(key, None)
+            return found
+    return given(load_path, scratch, config.checkpoints.damaged) if load_path else None
+
+
+def _scratch(config: Config) -> Path:
+    return Path(config.run_dir, f".loading-node{dist.get_node_rank()}")
+
+
+@contextmanager
+def _loading(config: Config, checkpoint: Path | None, ignored: list[str] | None) -> Iterator[dict[str, Any]]:
+    """The Trainer's arguments for loading a checkpoint, which cannot run code in this context."""
+    if checkpoint is None:
+        yield {}
+        return
+
+    def ignore(state_dict: dict[str, Any]) -> None:
+        state_dict.pop("rng", None)
+        if ignored:
+            glob_filter(ignored)(state_dict)
+
+    changed = changes(checkpoint, config)
+    path = loadable(checkpoint, saves_sharded(config), _scratch(config))
+    # Composer would evaluate strings from the checkpoint, to add the algorithms that they name.
+    excluded = list(composer.algorithms.__all__)
+    try:
+        with without_code():
+            yield dict(load_path=str(path), load_ignore_keys=ignore, load_exclude_algorithms=excluded)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"a Python object ({found[1]})" if found else "Python objects"
+        raise UserError(f"checkpoint {checkpoint} holds {what}, which could run code; it is refused") from error
+    if rank() == 0:
+        log.warning("%s begins at checkpoint %s", config.run_name, checkpoint.name)
+        for change in changed:
+            log.warning("the configuration has changed since: %s", change)
+    clear(_scratch(config))
+
+
+def _initialize(config: Config) -> Device:
+    device = get_device(config.trainer.get("device"))
+    dist.initialize_dist(device, timeout=config.trainer.get("dist_timeout", 300.0))
+    return device
 
 
 def _precision(wanted: str | None, device: str | None) -> str:
@@ -174,11 +277,26 @@ def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def _open(path: str, cache: str, where: str, **arguments: Any) -> ImageDataset:
+    if is_remote(path) and rank() == 0:
+        RemoteFolder(path).check_readable("index.json", f"{where}.path")
+    arguments.setdefault("download_retry", 8)  # pauses double: minutes without the store, not seconds
     try:
-        return open_dataset(path, cache, **arguments)
+        with _our_turn(cache if is_remote(path) else path):
+            return open_dataset(path, cache, **arguments)
     except (ValueError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{where}.path: cannot open {path!r}: {reason}") from error
+
+
+@contextmanager
+def _our_turn(folder: str) -> Iterator[None]:
+    # Streaming numbers its shared memory by what it finds: two runs that start at once would take the same number.
+    with one_at_a_time("streaming") if dist.get_local_rank() == 0 else nullcontext():
+        if dist.get_local_rank() == 0:
+            remove_dead_segments([folder])
+        dist.barrier()
+        yield
+        dist.barrier()
 
 
 def _train_loader(config: Config) -> Any:
@@ -240,52 +358,61 @@ def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch:
     return schedule if isinstance(schedule, ComposerScheduler) else LambdaLR(optimizer, schedule)
 
 
-def _parallelism(config: Config) -> ParallelismConfig | None:
-    if config.parallelism == "ddp" or world_size() == 1:  # one rank has nothing to share
+def _checkpointer(config: Config, arguments: dict[str, Any]) -> Checkpointer | None:
+    """What saves this run, from the trainer's arguments of Composer's names, which it takes out of ``arguments``."""
+    folder = arguments.pop("save_folder", f"{config.run_dir}/checkpoints")
+    interval = str(arguments.pop("save_interval", "1ep"))
+    keep = arguments.pop("save_num_checkpoints_to_keep", -1)
+    if folder is None:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # FSDP2's notice that it is experimental
-        return ParallelismConfig(fsdp=FSDP2Config(**{"state_dict_type": "full", **config.fsdp}))
+    if is_remote(folder) and rank() == 0:
+        RemoteFolder(folder).check_writable("trainer.save_folder")
+    dist.barrier()
+    interval = f"{interval}ep" if interval.isdigit() else interval
+    return Checkpointer(folder, config.run_dir, interval, keep, to_yaml(config), config.checkpoints.upload_attempts)
 
 
-def train(config: Config) -> Trainer:
-    """Check, build, fit, evaluate; write the final metrics to ``<run_dir>/metrics.json``."""
-    check(config)
-    for message in _NOT_FOR_USERS:
-        warnings.filterwarnings("ignore", message=message)
-    trainer = build_trainer(config)
-    if _finished(config, trainer.state):
-        duration = trainer.state.max_duration
-        log.warning("%s is finished (%s); a longer trainer.max_duration goes on", config.run_name, duration)
-    else:
-        trainer.fit()
-        _save_final_metrics(config, trainer)
-    trainer.close()
-    return trainer
-
-
-def _finished(config: Config, state: State) -> bool:
-    last = state.max_duration
-    if last is None or state.timestamp >= last:
-        return True
-    # A checkpoint of an epoch's last step precedes the epoch's end, and the evaluation there.
-    steps = last.value * int(state.dataloader_len or 0) if last.unit == TimeUnit.EPOCH else None
-    done = [steps is not None and int(state.timestamp.batch) >= steps and _evaluated(config, state)]
-    dist.broadcast_object_list(done, src=0)  # the metrics are on rank 0's disk
-    return done[0]
-
-
-def _evaluated(config: Config, state: State) -> bool:
-    path = Path(config.run_dir, "metrics.json")
-    return not state.evaluators or (path.exists() and json.loads(path.read_text())["batch"] >= state.timestamp.batch)
-
-
-def _save_final_metrics(config: Config, trainer: Trainer) -> None:
+def _save_final_metrics(config: Config, trainer: Trainer) -> Path:
     final = {  # each metric keeps the value of the last evaluation
         label: {name: float(metric.compute()) for name, metric in metrics.items()}
         for label, metrics in trainer.state.eval_metrics.items()
         if all(metric.update_called for metric in metrics.values())
     }
-    if rank() == 0 and final:
+    path = Path(config.run_dir, METRICS)
+    if rank() == 0:
         record = {"batch": int(trainer.state.timestamp.batch), **final}
-        Path(config.run_dir, "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def train(config: Config) -> Trainer:
+    """Check, build, fit, evaluate; write the final metrics to ``<run_dir>/metrics.json``.
+
+    Raises:
+        UserError: the user's mistake, or a condition that the user can mend.
+    """
+    check(config)
+    for message in _NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message=message)
+    _initialize(config)
+    with _alone(config.run_dir):
+        trainer = build_trainer(config)
+        _fit(config, trainer)
+        trainer.close()
+    return trainer
+
+
+def _fit(config: Config, trainer: Trainer) -> None:
+    checkpointers = [c for c in trainer.state.callbacks if isinstance(c, Checkpointer)]
+    reached_end = trainer.state.max_duration is None or trainer.state.timestamp >= trainer.state.max_duration
+    if reached_end and all(checkpointer.was_finished for checkpointer in checkpointers):
+        duration = trainer.state.max_duration
+        log.warning("%s is finished (%s); a longer trainer.max_duration goes on", config.run_name, duration)
+    else:
+        try:
+            trainer.eval() if reached_end else trainer.fit()
+        except DataError as error:  # through a worker process it comes with its traceback as the message
+            raise UserError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[-1]) from error
+        metrics = _save_final_metrics(config, trainer)
+        for checkpointer in checkpointers:
+            checkpointer.finish(trainer.state, metrics)

@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 from streaming import MDSWriter
 from streaming.base.compression import is_compression
-from streaming.base.storage import CloudDownloader, CloudUploader
 from streaming.base.util import bytes_to_int
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from rae.config import is_remote
 from rae.data import open_rgb, start_worker
 from rae.registry import UserError
+from rae.storage import RemoteFolder
 
 COLUMNS = {"image": "bytes", "label": "int", "path": "str"}
 SUMMARY = "dataset.json"
@@ -152,7 +152,7 @@ def write_shards(source: ImageSource, options: Options) -> dict[str, Any]:
         summary["seconds"] = round(time.perf_counter() - began, 2)
         if remote:
             (staging / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-            CloudUploader.get((str(staging), options.out), keep_local=True).upload_file(SUMMARY)
+            RemoteFolder(options.out).upload(staging / SUMMARY, SUMMARY)
         else:
             (staging / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
             if options.overwrite:
@@ -175,16 +175,15 @@ def _refuse_existing(options: Options, remote: bool) -> None:
         elif out.exists() and not options.overwrite:
             raise UserError(f"{options.out} already exists; {hint}")
         return
+    folder = RemoteFolder(options.out)
+    folder.check_writable("out")
     if options.overwrite:
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
         try:
-            index = f"{options.out.rstrip('/')}/index.json"
-            CloudDownloader.get(options.out).download(index, f"{folder}/index.json", timeout=30)
+            folder.download("index.json", Path(scratch, "index.json"))
         except FileNotFoundError:
             return
-        except Exception as error:
-            raise UserError(f"cannot reach {options.out}: {str(error).strip().splitlines()[0]}") from error
     raise UserError(f"{options.out} already holds a data set; {hint}")
 
 

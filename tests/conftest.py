@@ -4,13 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
+
+from rae.checkpoints import fetch, in_form, list_checkpoints, without_code
+from rae.config import Config
 
 torch.set_num_threads(1)  # sums in one order, as those that made the golden numbers
 
@@ -61,8 +66,61 @@ def run(*command: str, check: bool = True, **kwargs) -> subprocess.CompletedProc
     return done
 
 
+def launch(settings: dict, path: Path, *overrides: str, ranks: int = 1, check: bool = True, **kwargs):
+    """Train with the command, from a YAML in ``path``."""
+    return run("composer", "-n", str(ranks), "train.py", write_yaml(settings, path), *overrides, check=check, **kwargs)
+
+
+def write_yaml(settings: dict, path: Path) -> str:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "run.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+    return str(path / "run.yaml")
+
+
+def train_here(settings: dict):
+    """Train in this process, which spares ten seconds of imports."""
+    from rae.run import train
+
+    return train(Config.model_validate(settings))
+
+
 def metrics_of(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+FIGURES = ("loss/", "discriminator/", "gan/", "lr/", "metrics/")
+
+
+def figures(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if k == "batch" or k.startswith(FIGURES)} for r in metrics_of(run_dir)]
+
+
+def tensors_of(tree, prefix="") -> dict[str, torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return {name: t for key, value in items for name, t in tensors_of(value, f"{prefix}/{key}").items()}
+
+
+def load_newest(folder: Path | str) -> dict:
+    """What training goes on from: weights, optimizers, algorithms (EMA, discriminator) of the newest checkpoint."""
+    newest = list_checkpoints(str(folder))[0]
+    assert newest.parts
+    with tempfile.TemporaryDirectory() as scratch:
+        path = in_form(fetch(str(folder), newest, Path(scratch, "fetched")), False, Path(scratch, "converted"))
+        with without_code():
+            return torch.load(path)["state"]
+
+
+def assert_same_state(a: Path | str, b: Path | str):
+    """The newest checkpoints of two folders hold the same, bit for bit."""
+    left, right = (
+        tensors_of({key: state[key] for key in ("model", "optimizers", "algorithms")})
+        for state in (load_newest(a), load_newest(b))
+    )
+    assert left.keys() == right.keys()
+    assert len(left) > 100
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 @pytest.fixture(scope="session")
@@ -119,3 +177,31 @@ def tiny_settings(shards: Path, run_dir: Path, encoder: str = "dinov2") -> dict:
         "metrics": {"psnr": {}, "ssim": {}},
         "trainer": {"max_duration": "2ep", "progress_bar": False},
     }
+
+
+def resumable(shards: Path, run_dir: Path) -> dict:
+    """As :func:`tiny_settings`, with microbatches, loader workers, pictures, and a checkpoint every other step."""
+    settings = tiny_settings(shards, run_dir)
+    settings["data"]["workers"] = 2
+    settings["callbacks"] = {"pictures": {"interval": "4ba", "count": 4}}
+    settings["loggers"]["tensorboard"] = {"log_dir": f"{run_dir}/tensorboard"}
+    settings["trainer"] |= {"save_interval": "2ba", "device_train_microbatch_size": 4}
+    return settings
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shards, tmp_path_factory) -> Path:
+    """Two epochs of 5 steps with every loss, EMA, noise, DiffAug and loader workers, by the command."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    launch(resumable(shards, root / "run"), root)
+    return root / "run"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    """A real S3 server with an empty bucket; see :class:`tests.s3.Server`."""
+    from tests.s3 import Server
+
+    server = Server(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.stop()

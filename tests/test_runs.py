@@ -1,72 +1,13 @@
 """Whole runs through the command: several ranks, stop and resume, what lies in the run's folder."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.conftest import ROOT, metrics_of, run, tiny_settings
-
-FIGURES = ("loss/", "discriminator/", "gan/", "lr/", "metrics/")
-
-
-def launch(settings: dict, path: Path, *overrides: str, ranks: int = 1, check: bool = True):
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "run.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
-    return run("composer", "-n", str(ranks), "train.py", str(path / "run.yaml"), *overrides, check=check)
-
-
-def figures(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if k == "batch" or k.startswith(FIGURES)} for r in metrics_of(run_dir)]
-
-
-def checkpoint(run_dir: Path) -> dict:
-    return torch.load(run_dir / "checkpoints/latest-rank0.pt", weights_only=False)
-
-
-def tensors_of(tree, prefix="") -> dict[str, torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return {prefix: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    return {name: t for key, value in items for name, t in tensors_of(value, f"{prefix}/{key}").items()}
-
-
-def state_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    state = checkpoint(run_dir)["state"]
-    return tensors_of({key: state[key] for key in ("model", "optimizers", "algorithms")})
-
-
-def assert_same_state(a: Path, b: Path):
-    left, right = state_tensors(a), state_tensors(b)
-    assert left.keys() == right.keys()
-    assert len(left) > 100
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shards, tmp_path_factory) -> Path:
-    """Two epochs of 5 steps with every loss, EMA, noise, DiffAug and loader workers; a checkpoint every 2 steps."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    launch(resumable(shards, root / "run"), root)
-    return root / "run"
-
-
-def resumable(shards: Path, run_dir: Path) -> dict:
-    settings = tiny_settings(shards, run_dir)
-    settings["data"]["workers"] = 2
-    settings["callbacks"] = {"pictures": {"interval": "4ba", "count": 4}}
-    settings["loggers"]["tensorboard"] = {"log_dir": f"{run_dir}/tensorboard"}
-    settings["trainer"] |= {"save_interval": "2ba", "device_train_microbatch_size": 4}
-    return settings
+from tests.conftest import figures, launch, load_newest, metrics_of, resumable, tensors_of, tiny_settings
 
 
 def test_what_a_run_leaves_in_its_folder(undisturbed):
@@ -101,49 +42,12 @@ def test_tensorboard_holds_the_figures_and_the_pictures(undisturbed):
 
 
 def test_a_checkpoint_holds_trained_weights_alone(undisturbed):
-    state = checkpoint(undisturbed)["state"]
+    state = load_newest(undisturbed / "checkpoints")
     assert all(name.startswith("rae.decoder.") for name in state["model"])
     names = " ".join(tensors_of(state["algorithms"]))
     assert "heads" in names
     assert "backbone" not in names
     assert "average" in names
-
-
-@pytest.mark.parametrize("stop", ["3ba", "5ba", "8ba"])
-def test_resume_in_mid_epoch_is_exact(shards, undisturbed, tmp_path, stop):
-    """Stopped at a step that has no checkpoint, at an epoch's end, and in the second epoch; then run again."""
-    settings = resumable(shards, tmp_path / "run")
-    launch(settings, tmp_path, f"trainer.max_duration={stop}")
-    for file in (tmp_path / "run/checkpoints").iterdir():
-        if stop == "3ba" and "ba3" in file.name:
-            file.unlink()  # what a kill after step 3 would leave: the checkpoint of step 2
-    if stop == "3ba":
-        latest = tmp_path / "run/checkpoints/latest-rank0.pt"
-        latest.unlink()
-        latest.symlink_to("ep0-ba2-rank0.pt")
-    launch(settings, tmp_path)
-    assert_same_state(undisturbed, tmp_path / "run")
-    expected = {r["batch"]: r for r in figures(undisturbed) if "loss/train/total" in r}
-    resumed = {r["batch"]: r for r in figures(tmp_path / "run") if "loss/train/total" in r}
-    assert resumed == expected
-
-
-def test_resume_after_a_kill_is_exact(shards, undisturbed, tmp_path):
-    settings = resumable(shards, tmp_path / "run")
-    (tmp_path / "run.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "train.py", str(tmp_path / "run.yaml")],
-        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    latest = tmp_path / "run/checkpoints/latest-rank0.pt"
-    while process.poll() is None and not latest.exists():
-        time.sleep(0.02)
-    assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    launch(settings, tmp_path)
-    assert_same_state(undisturbed, tmp_path / "run")
 
 
 def test_running_a_finished_run_again_says_so(shards, undisturbed):
@@ -214,5 +118,6 @@ def test_two_ranks_match_one(one_and_two_ranks, parallel):
         assert a.keys() == b.keys()
         for name in a:
             # Rounding fakes to 8 bits and signs of logits turn differences of 1e-8 into larger ones, after a while.
-            tolerance = 1e-4 if a["batch"] <= 6 and name != "discriminator/accuracy" else 2e-3
-            assert b[name] == pytest.approx(a[name], rel=tolerance, abs=1e-6), (a["batch"], name)
+            early = a["batch"] <= 6 and name != "discriminator/accuracy"
+            rel, absolute = (1e-4, 1e-6) if early else (2e-3, 1e-4)  # mean logits pass through 0
+            assert b[name] == pytest.approx(a[name], rel=rel, abs=absolute), (a["batch"], name)

@@ -5,16 +5,18 @@ import ast
 from tests.conftest import ROOT
 
 GROUPS = [
-    {"registry", "config"},
+    {"registry", "config", "processes"},
+    {"storage"},
     {"layers", "backbones", "optimizers"},
     {"encoders", "decoder", "discriminator", "losses", "data", "metrics"},
-    {"shards"},
+    {"shards", "checkpoints"},
     {"model"},
     {"algorithms", "callbacks"},
+    {"parallelism", "resume"},
     {"run", "curves"},
     {"demo"},
 ]
-KNOWS_COMPOSER = {"model", "algorithms", "callbacks", "run"}
+KNOWS_COMPOSER = {"model", "algorithms", "callbacks", "parallelism", "resume", "run"}
 
 
 def modules():

@@ -27,6 +27,7 @@ class JSONLines(LoggerDestination):
     def __init__(self, run_dir: str, filename: str = "metrics.jsonl"):
         self.path = Path(run_dir) / filename
         self.pending: dict[str, Any] = {}
+        self.kept: list[dict[str, Any]] = []
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if dist.get_global_rank() == 0:
@@ -36,15 +37,16 @@ class JSONLines(LoggerDestination):
         if dist.get_global_rank() != 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        done, kept = int(state.timestamp.batch), []
+        done = int(state.timestamp.batch)
         if self.path.exists():
             for line in self.path.read_text().splitlines():
                 try:
-                    if json.loads(line)["batch"] <= done:
-                        kept.append(line + "\n")
+                    record = json.loads(line)
+                    if record["batch"] <= done:
+                        self.kept.append(record)
                 except (ValueError, KeyError):  # the line that a killed run left unfinished
                     continue
-        self.path.write_text("".join(kept))
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in self.kept))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._flush(state)
@@ -55,8 +57,10 @@ class JSONLines(LoggerDestination):
     def _flush(self, state: State) -> None:
         if not self.pending:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"batch": int(state.timestamp.batch), **self.pending}) + "\n")
+        record = {"batch": int(state.timestamp.batch), **self.pending}
+        if record not in self.kept:  # a checkpoint before an evaluation repeats it
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
         self.pending = {}
 
 

@@ -1,0 +1,293 @@
+"""Saving: atomically, sealed, uploaded in the background, rotated, and once more when the run is told to stop."""
+
+import logging
+import os
+import queue
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Callback, Event, Logger, State
+from composer.utils import checkpoint as composer_checkpoint
+from composer.utils import create_interval_scheduler, dist, retry
+
+from rae.checkpoints import CONFIG, METRICS, SHARDED, STATE, age, list_checkpoints, name_at, rotate, seal
+from rae.config import is_remote
+from rae.registry import UserError
+from rae.storage import RemoteFolder, reason
+
+log = logging.getLogger(__name__)
+
+
+class Uploader:
+    """Copies checkpoints to a bucket, one after the other, in a thread that cannot keep the process from ending.
+
+    Args:
+        folder: where they go.
+        attempts: before an upload counts as failed; pauses between them double from a second on.
+    """
+
+    def __init__(self, folder: str, attempts: int):
+        self.folder, self.attempts = folder.rstrip("/"), attempts
+        self.queue: queue.Queue[tuple[Path, list[str], Callable[[], None]]] = queue.Queue()
+        self.done = ""
+        """The newest checkpoint that has arrived."""
+        self.failure = ""
+        """What went wrong, once an upload has failed for good. None is begun after that."""
+        threading.Thread(target=self._work, name="upload", daemon=True).start()
+
+    def put(self, checkpoint: Path, files: list[str], then: Callable[[], None]) -> None:
+        """Upload ``files`` of a checkpoint in this order, delete them here, and call ``then``."""
+        self.queue.put((checkpoint, files, then))
+
+    def wait(self) -> None:
+        """Return when all uploads are through, or one has failed for good."""
+        self.queue.join()
+
+    def _work(self) -> None:
+        while True:
+            checkpoint, files, then = self.queue.get()
+            try:
+                if not self.failure:
+                    self._send(checkpoint, files)
+                    then()
+            except Exception as error:
+                self.failure = (
+                    f"checkpoint {checkpoint.name} could not be uploaded to {self.folder} in {self.attempts} "
+                    f"attempts: {reason(error)}; it is kept in {checkpoint}"
+                )
+            self.queue.task_done()
+
+    def _send(self, checkpoint: Path, files: list[str]) -> None:
+        remote = RemoteFolder(f"{self.folder}/{checkpoint.name}")
+
+        @retry(Exception, num_attempts=self.attempts)
+        def send(file: str) -> None:
+            try:
+                remote.upload(checkpoint / file, file)
+            except Exception as error:
+                log.warning("uploading %s of checkpoint %s: %s", file, checkpoint.name, reason(error))
+                raise
+
+        for file in files:
+            send(file)
+        for file in files:
+            (checkpoint / file).unlink()
+        if not any(checkpoint.iterdir()):  # other ranks of this node may still be sending theirs
+            checkpoint.rmdir()
+        self.done = checkpoint.name
+
+
+class StopRequest:
+    """Remembers a SIGTERM or SIGINT, on whichever rank, until all ranks know of it at the same step.
+
+    A second signal, some seconds later, ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal, self.heard_at = 0, 0.0
+        self.pending: tuple[Any, torch.Tensor] | None = None
+
+    def listen(self) -> None:
+        """Take over both signals. A collective call."""
+        if dist.get_world_size() > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._heard)
+
+    def _heard(self, number: int, frame: Any) -> None:
+        if not self.signal:
+            self.signal, self.heard_at = number, time.monotonic()
+        elif time.monotonic() - self.heard_at > 5:  # a launcher repeats at once what its whole group was sent
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def agreed(self) -> int:
+        """The signal that the ranks have agreed on, or 0. To be called once a step on every rank.
+
+        The exchange begun at one step is read at the next, so that no step waits for it.
+        """
+        if dist.get_world_size() == 1:
+            return self.signal
+        agreed = 0
+        if self.pending is not None:
+            work, number = self.pending
+            work.wait()
+            agreed = int(number)
+        number = torch.tensor(self.signal)
+        work = torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True)
+        self.pending = (work, number)
+        return agreed
+
+
+class Checkpointer(Callback):
+    """Save the run every ``interval``, and when it is told to stop (SIGTERM, SIGINT). Always on.
+
+    Composer's own saver writes in place, links ``latest`` in two steps, leaves what it uploaded to itself and cannot
+    tell a damaged file. Here a checkpoint is written beside its place, sealed (:func:`rae.checkpoints.seal`) and then
+    renamed, or uploaded with the seal last; so there is no instant at which a kill leaves half a checkpoint that
+    passes for a whole one. Composer's functions write the files themselves.
+
+    Args:
+        folder: local, or a URL.
+        run_dir: where checkpoints wait for their upload.
+        interval: a time string.
+        keep: delete all but so many of the newest complete ones; −1 keeps all.
+        config: the run's configuration as YAML, which travels with each checkpoint.
+        upload_attempts: before an upload counts as failed; pauses between them double from a second on.
+    """
+
+    def __init__(
+        self, folder: str, run_dir: str, interval: str, keep: int = -1, config: str = "", upload_attempts: int = 10
+    ):
+        self.folder, self.keep, self.config = folder, keep, config
+        self.remote = is_remote(folder)
+        self.local = Path(run_dir, "uploads", f"node{dist.get_node_rank()}") if self.remote else Path(folder)
+        # Who moves what all have written to its place: one for each disk.
+        self.mover = (dist.get_local_rank() if self.remote else dist.get_global_rank()) == 0
+        self.upload_attempts = upload_attempts
+        self.due = create_interval_scheduler(interval)
+        self.saved_at: tuple[int, int] | None = None
+        self.uploader = Uploader(folder, upload_attempts) if self.remote else None
+        self.stop = StopRequest()
+        self.safe = ""
+        self.was_finished = False
+        """Whether training goes on from the end of a shorter run."""
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.FIT_START:
+            self._start(state)
+        elif event == Event.BATCH_CHECKPOINT:
+            self._check_uploads()
+            stopping = self.stop.agreed()
+            if stopping or self.due(state, event):
+                self.save(state)
+            if stopping:
+                self._leave(state, stopping)
+        elif event == Event.EPOCH_CHECKPOINT and self.due(state, event):
+            self.save(state)
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self.uploader is not None:
+            self.uploader.wait()
+
+    def places(self) -> list[str]:
+        """Where this run's checkpoints may be: in the bucket, and what one node could not upload before it ended."""
+        if self.uploader is None or dist.get_world_size() > dist.get_local_world_size():
+            return [self.folder]
+        return [str(self.local), self.folder]
+
+    def resumed(self, checkpoint: Path) -> None:
+        """Tell it which checkpoint training goes on from."""
+        self.safe, self.saved_at = checkpoint.name, age(checkpoint.name)
+        self.was_finished = (checkpoint / METRICS).is_file()
+
+    def _start(self, state: State) -> None:
+        if self.mover:
+            for left in self.local.glob(".saving-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            if self.uploader is not None:
+                self._upload_left(self.uploader)
+        dist.barrier()
+        self.stop.listen()
+
+    def _upload_left(self, uploader: Uploader) -> None:
+        """Send what an earlier start saved and could not send any more."""
+        for checkpoint in reversed(list_checkpoints(str(self.local))):
+            if checkpoint.parts:
+                uploader.put(self.local / checkpoint.name, checkpoint.sealed_last, self._rotate)
+            else:
+                shutil.rmtree(self.local / checkpoint.name, ignore_errors=True)
+
+    def save(self, state: State) -> None:
+        """Save now, unless this very moment is saved already. A collective call."""
+        if self.saved_at == _time(state):
+            return
+        self.saved_at = _time(state)
+        name = name_at(*self.saved_at)
+        staging = self.local / f".saving-{name}"
+        # Composer appends the name to a sharded checkpoint's folder itself.
+        file = staging / name / STATE if not state.fsdp_sharded_state_dict_enabled else staging / STATE
+        try:
+            written = composer_checkpoint.save_checkpoint(state, str(file), ignore_keys=_without_rng)
+            files = self._seal(staging / name, written is not None)
+        except OSError as error:
+            raise UserError(f"checkpoint {name} could not be written to {self.local}: {error}{self._safe()}") from error
+        dist.barrier()
+        if self.mover:
+            shutil.rmtree(self.local / name, ignore_errors=True)  # of a run that went on from an older one
+            (staging / name).rename(self.local / name)
+            staging.rmdir()
+        dist.barrier()
+        if self.uploader is None:
+            self.safe = name
+            self._rotate()
+        elif files:
+            self.uploader.put(self.local / name, files, self._rotate)
+
+    def _seal(self, folder: Path, wrote: bool) -> list[str]:
+        """The names of the files that this rank wrote, its seal last; none if it wrote nothing."""
+        writers = [rank for rank, one in enumerate(dist.all_gather_object(wrote)) if one]
+        if not wrote:
+            return []
+        part = writers.index(dist.get_global_rank())
+        files = sorted(file.name for file in folder.iterdir() if file.name.startswith((f"__{part}_", STATE)))
+        if part == 0:
+            (folder / CONFIG).write_text(self.config)
+            files += [CONFIG, *(file.name for file in folder.glob(SHARDED))]
+        return [*files, seal(folder, files, part, len(writers))]
+
+    def _rotate(self) -> None:
+        if self.keep > 0 and dist.get_global_rank() == 0:
+            try:
+                rotate(self.folder, self.keep)
+            except Exception as error:  # too many checkpoints are no reason to stop
+                log.warning("old checkpoints in %s could not be deleted: %s", self.folder, reason(error))
+
+    def _check_uploads(self, wait: bool = False) -> None:
+        if self.uploader is None:
+            return
+        if wait:
+            self.uploader.wait()
+        self.safe = self.uploader.done or self.safe
+        if self.uploader.failure:
+            raise UserError(f"{self.uploader.failure}{self._safe()}")
+
+    def _safe(self) -> str:
+        return f"; {self.safe} is the newest safe checkpoint" if self.safe else "; no checkpoint of this start is safe"
+
+    def finish(self, state: State, metrics: Path) -> None:
+        """Save the end of the run with its last evaluation, and wait for the uploads. A collective call."""
+        self.save(state)
+        self._check_uploads(wait=True)
+        if dist.get_global_rank() == 0:
+            checkpoint = self.local / name_at(*_time(state))
+            checkpoint.mkdir(exist_ok=True)
+            shutil.copyfile(metrics, checkpoint / METRICS)
+            if self.uploader is not None:
+                self.uploader.put(checkpoint, [METRICS], self._rotate)
+        self._check_uploads(wait=True)
+        dist.barrier()
+        self._rotate()
+
+    def _leave(self, state: State, stopping: int) -> None:
+        self._check_uploads(wait=True)
+        if dist.get_global_rank() == 0:
+            name, step = signal.Signals(stopping).name, int(state.timestamp.batch)
+            log.warning("%s: stopped after step %d, which is saved; the same command goes on", name, step)
+        raise SystemExit(128 + stopping)
+
+
+def _time(state: State) -> tuple[int, int]:
+    return int(state.timestamp.batch), int(state.timestamp.epoch)
+
+
+def _without_rng(state_dict: dict[str, Any]) -> None:
+    # Every step seeds its own generators; what Composer would save of them is pickled objects.
+    state_dict["rng"] = []

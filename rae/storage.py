@@ -1,0 +1,138 @@
+"""Buckets, as far as checkpoints need them: list, upload, download, delete, and errors that say what to do.
+
+The stores themselves are Composer's (``s3://``, ``gs://``, ``oci://``, ``azure://``).
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from rae.registry import UserError
+
+# S3: an unreachable server is to be found in seconds; uploads are tried again above this.
+_S3_CLIENT = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 3}}
+_DELETABLE = ("s3", "gs")
+_REASONS = {  # what S3's servers and boto3 say -> what that means to the user
+    "NoSuchBucket": "there is no such bucket; create it, or mend the name",
+    "InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|ExpiredToken|AuthFailure": (
+        "wrong credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    ),
+    "AccessDenied|Forbidden|403": "these credentials have no permission for it",
+    "Unable to locate credentials|PartialCredentials": (
+        "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    ),
+    "Could not connect|Connect timeout|Connection refused|EndpointConnectionError|Name or service not known": (
+        "the server does not answer; check S3_ENDPOINT_URL and the network"
+    ),
+    "Invalid endpoint": "S3_ENDPOINT_URL must be a URL such as http://host:port",
+    "404|Not Found|NoSuchKey|not found": "it does not exist",
+}
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what a store's error means."""
+    text = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+    for pattern, meaning in _REASONS.items():
+        if re.search(rf"\b({pattern})", text):
+            return meaning
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def can_delete(url: str) -> bool:
+    """Whether objects of this kind of store can be deleted here."""
+    return urlparse(url).scheme in _DELETABLE
+
+
+class RemoteFolder:
+    """A folder of a bucket; names are relative to it.
+
+    Args:
+        url: ``s3://bucket/folder`` and the like.
+
+    Raises:
+        UserError: an unknown kind of URL, or a client that cannot be made.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        parts = urlparse(self.url)
+        self.prefix = f"{parts.path.strip('/')}/" if parts.path.strip("/") else ""
+        self.store = _open_store(self.url, parts.scheme, parts.netloc)
+
+    def list(self) -> list[str]:
+        """Names of all objects below the folder."""
+        return [key.removeprefix(self.prefix) for key in self.store.list_objects(self.prefix)]
+
+    def upload(self, path: Path, name: str) -> None:
+        """Copy a local file to ``name``, replacing what is there."""
+        self.store.upload_object(f"{self.prefix}{name}", str(path))
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy ``name`` to a local file, replacing what is there.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        self.store.download_object(f"{self.prefix}{name}", str(path), overwrite=True)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; see :func:`can_delete`."""
+        for name in names:
+            key = f"{self.prefix}{name}"
+            if urlparse(self.url).scheme == "s3":
+                self.store.client.delete_object(Bucket=self.store.bucket, Key=key)
+            else:
+                self.store.bucket.blob(key).delete()
+
+    def check_writable(self, where: str) -> None:
+        """Write a small object and read it again, so that a fault shows before training and not at its first save.
+
+        Args:
+            where: the configuration's key, for the message.
+
+        Raises:
+            UserError: what is wrong, in a line.
+        """
+        name = ".preflight"
+        with tempfile.TemporaryDirectory() as folder:
+            written, read = Path(folder, "written"), Path(folder, "read")
+            written.write_bytes(os.urandom(16))
+            try:
+                self.upload(written, name)
+            except Exception as error:
+                raise UserError(f"{where}: cannot write to {self.url}: {reason(error)}") from error
+            try:
+                self.download(name, read)
+            except Exception as error:
+                raise UserError(f"{where}: can write to {self.url} but not read: {reason(error)}") from error
+            if read.read_bytes() != written.read_bytes():
+                raise UserError(f"{where}: {self.url} gives back other bytes than were written")
+
+    def check_readable(self, name: str, where: str) -> None:
+        """Read one object.
+
+        Raises:
+            UserError: what is wrong, in a line.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                self.download(name, Path(folder, "read"))
+            except Exception as error:
+                raise UserError(f"{where}: cannot read {self.url}/{name}: {reason(error)}") from error
+
+
+def _open_store(url: str, scheme: str, bucket: str) -> Any:
+    from composer.utils import S3ObjectStore, maybe_create_object_store_from_uri  # heavy: only when there is a bucket
+
+    try:
+        if scheme == "s3":
+            return S3ObjectStore(bucket, client_config=dict(_S3_CLIENT))
+        return maybe_create_object_store_from_uri(url)
+    except NotImplementedError as error:
+        raise UserError(f"{url}: {scheme}:// is no known kind of storage; s3, gs, oci and azure are") from error
+    except Exception as error:
+        raise UserError(f"{url}: {reason(error)}") from error
