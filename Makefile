@@ -3,12 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: test demo env clean
+# make soak: kill runs at many moments and compare their ends.
+# make bench: what the weight average and checkpoints cost.
+.PHONY: test soak bench demo env clean
 
 test: env
 	@ruff check --quiet . && ruff format --quiet --check .
 	@mypy --no-error-summary
 	@python -m pytest
+
+soak: env
+	@python -m tests.soak
+
+bench: env
+	@python -m rae.bench
 
 demo: env
 	@python -m rae.demo

@@ -148,14 +148,12 @@ def fetch(folder: str, checkpoint: Listed, destination: Path) -> Path:
     local, remote = destination / checkpoint.name, RemoteFolder(f"{folder.rstrip('/')}/{checkpoint.name}")
     shutil.rmtree(local, ignore_errors=True)
     local.mkdir(parents=True)
-    try:
-        for part in [*checkpoint.parts, *(checkpoint.files & {METRICS})]:
-            remote.download(part, local / part)
-        for part in checkpoint.parts:
-            for file in _read_part(local / part):
+    for part in [*checkpoint.parts, *(checkpoint.files & {METRICS})]:
+        remote.download(part, local / part)
+    for part in checkpoint.parts:
+        for file in _read_part(local / part):
+            with contextlib.suppress(FileNotFoundError):  # found missing below
                 remote.download(file, local / file)
-    except FileNotFoundError as error:
-        raise DamagedError(f"{error} is missing") from error
     _verify(local, checkpoint.parts)
     return local
 
@@ -209,13 +207,14 @@ def remove(folder: str, checkpoint: Listed) -> None:
 
 
 def rotate(folder: str, keep: int) -> None:
-    """Delete all but the ``keep`` newest complete checkpoints, and incomplete ones older than these."""
+    """Delete what is older than the newest complete checkpoint, except the newest ``keep`` complete ones."""
     listed = list_checkpoints(folder)
-    complete = [checkpoint for checkpoint in listed if checkpoint.parts]
-    if keep < 1 or len(complete) < keep:
-        return
+    kept: list[Listed] = []
     for checkpoint in listed:
-        if checkpoint.age < complete[keep - 1].age:
+        if checkpoint.parts and (not kept or checkpoint.age[0] < kept[-1].age[0]):
+            kept.append(checkpoint)
+    for checkpoint in listed:
+        if kept and checkpoint.age < kept[0].age and checkpoint not in kept[:keep]:
             remove(folder, checkpoint)
 
 

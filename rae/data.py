@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from rae.config import is_remote
-from rae.processes import follow_parent, outlive_signals
+from rae.processes import follow_parent, heed_parent_alone
 from rae.registry import UserError
 from rae.storage import reason
 
@@ -212,5 +212,5 @@ def _loader_options(batch_size: int, workers: int, prefetch: int) -> dict[str, A
 def start_worker(worker: int) -> None:
     """One thread a worker process, which ends with its parent and not before it."""
     torch.set_num_threads(1)
+    heed_parent_alone()
     follow_parent()
-    outlive_signals()

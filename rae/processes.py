@@ -27,19 +27,23 @@ def follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def outlive_signals(seconds: float = 30.0) -> None:
-    """Let a worker process serve for a while after SIGTERM, and ignore SIGINT.
+def heed_parent_alone() -> None:
+    """Let SIGTERM end this worker process only if its parent sends it, and SIGINT never.
 
     Both often go to a whole process group, whose leader still wants to finish a step and save.
     """
-
-    def leave(number: int, frame: object) -> None:
-        timer = threading.Timer(seconds, os._exit, [0])
-        timer.daemon = True
-        timer.start()
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, leave)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent it
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for threads begun later, too
+
+    def heed() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            continue
+        os._exit(0)
+
+    threading.Thread(target=heed, daemon=True).start()
 
 
 class RunLock:

@@ -66,9 +66,10 @@ def run(*command: str, check: bool = True, **kwargs) -> subprocess.CompletedProc
     return done
 
 
-def launch(settings: dict, path: Path, *overrides: str, ranks: int = 1, check: bool = True, **kwargs):
-    """Train with the command, from a YAML in ``path``."""
-    return run("composer", "-n", str(ranks), "train.py", write_yaml(settings, path), *overrides, check=check, **kwargs)
+def launch(settings: dict, path: Path, *overrides: str, ranks: int | None = None, check: bool = True, **kwargs):
+    """Train from a YAML in ``path``: with the ``composer`` command, or with plain Python if ``ranks`` is None."""
+    command = ["composer", "-n", str(ranks)] if ranks else [sys.executable]
+    return run(*command, "train.py", write_yaml(settings, path), *overrides, check=check, **kwargs)
 
 
 def write_yaml(settings: dict, path: Path) -> str:
@@ -123,21 +124,20 @@ def assert_same_state(a: Path | str, b: Path | str):
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
+def make_shards(root: Path, target: str | None = None) -> Path:
+    """MDS shards of 40 training and 12 evaluation images, made by the command, in ``root`` or ``target``."""
+    for split, count, seed in (("train", 40, 0), ("eval", 12, 1)):
+        source = root / f"images-{split}"
+        write_images(source / "a", count // 2, seed=seed)
+        write_images(source / "b", count - count // 2, seed=seed + 10)
+        out = f"{target or root}/{split}"
+        run(sys.executable, "convert/imagefolder_to_mds.py", str(source), out, "--workers=1")
+    return root
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
-    """MDS shards of 40 training and 12 evaluation images, made by the command."""
-    root = tmp_path_factory.mktemp("shards")
-    for split, count, seed in (("train", 40, 0), ("eval", 12, 1)):
-        write_images(root / f"images-{split}/a", count // 2, seed=seed)
-        write_images(root / f"images-{split}/b", count - count // 2, seed=seed + 10)
-        run(
-            sys.executable,
-            "convert/imagefolder_to_mds.py",
-            str(root / f"images-{split}"),
-            str(root / split),
-            "--workers=1",
-        )
-    return root
+    return make_shards(tmp_path_factory.mktemp("shards"))
 
 
 def tiny_settings(shards: Path, run_dir: Path, encoder: str = "dinov2") -> dict:
@@ -205,3 +205,55 @@ def s3(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("s3"))
     yield server
     server.stop()
+
+
+SPY = '''
+import torch
+from composer import Callback, Event
+from composer.utils import dist
+from rae.registry import register
+
+@register("callback", "spy")
+class Spy(Callback):
+    """Compare every weight of the decoder and the discriminator across ranks after every step."""
+    def batch_end(self, state, logger):
+        discriminator = next(a for a in state.algorithms if hasattr(a, "discriminator")).discriminator
+        tensors = [*state.model.parameters(), *discriminator.parameters(), *discriminator.buffers()]
+        flat = torch.cat([t.detach().flatten().float() for t in tensors])
+        other = dist.all_gather(flat)
+        assert len(other) == 2
+        logger.log_metrics({"spy/equal": float(all(torch.equal(flat, o) for o in other))})
+'''
+
+
+LAYOUTS = {  # name: ranks, parallelism, options of FSDP
+    "one": (1, "ddp", {}),
+    "ddp": (2, "ddp", {}),
+    "fsdp": (2, "fsdp", {"state_dict_type": "sharded"}),
+}
+
+
+def layout_settings(shards: Path, run_dir: Path, layout: str) -> dict:
+    """Ten steps without noise and augmentation, which draw other numbers on other ranks."""
+    settings = tiny_settings(shards, run_dir)
+    settings["model"]["noise_tau"] = 0.0
+    settings["data"]["train"]["resize"] = 64
+    # Some of the discriminator's gradients are zero but for rounding: a larger eps keeps Adam from following them.
+    settings["algorithms"]["adversarial"] |= {"augment": False, "optimizer": {"adamw": {"eps": 1e-4}}}
+    settings["algorithms"]["gradient_clipping"] = {"clipping_type": "norm", "clipping_threshold": 0.5}
+    settings["trainer"]["save_interval"] = "2ba"
+    _, settings["parallelism"], settings["fsdp"] = LAYOUTS[layout]
+    return settings
+
+
+@pytest.fixture(scope="session")
+def ranks(shards, tmp_path_factory) -> Path:
+    """The same run on one rank, two DDP ranks and two FSDP ranks, in folders of these names."""
+    root = tmp_path_factory.mktemp("ranks")
+    (root / "spy.py").write_text(SPY)
+    for layout, (count, _, _) in LAYOUTS.items():
+        settings = layout_settings(shards, root / layout, layout)
+        if layout == "ddp":
+            settings |= {"imports": [str(root / "spy.py")], "callbacks": {"spy": {}}}
+        launch(settings, root / f"{layout}-launch", ranks=count)
+    return root

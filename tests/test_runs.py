@@ -1,7 +1,6 @@
 """Whole runs through the command: several ranks, stop and resume, what lies in the run's folder."""
 
 import json
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -66,53 +65,14 @@ def test_bf16_on_a_cpu_is_one_warning(shards, tmp_path):
     assert "Warning" not in done.stderr
 
 
-SPY = '''
-import torch
-from composer import Callback, Event
-from composer.utils import dist
-from rae.registry import register
-
-@register("callback", "spy")
-class Spy(Callback):
-    """Compare every weight of the decoder and the discriminator across ranks after every step."""
-    def batch_end(self, state, logger):
-        discriminator = next(a for a in state.algorithms if hasattr(a, "discriminator")).discriminator
-        tensors = [*state.model.parameters(), *discriminator.parameters(), *discriminator.buffers()]
-        flat = torch.cat([t.detach().flatten().float() for t in tensors])
-        other = dist.all_gather(flat)
-        assert len(other) == 2
-        logger.log_metrics({"spy/equal": float(all(torch.equal(flat, o) for o in other))})
-'''
-
-
-@pytest.fixture(scope="module")
-def one_and_two_ranks(shards, tmp_path_factory) -> Path:
-    """The same ten steps on one rank, two DDP ranks and two FSDP ranks, without noise and augmentation."""
-    root = tmp_path_factory.mktemp("ranks")
-    (root / "spy.py").write_text(SPY)
-    for name, ranks, parallelism in (("one", 1, "ddp"), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")):
-        settings = tiny_settings(shards, root / name)
-        settings["model"]["noise_tau"] = 0.0
-        settings["data"]["train"]["resize"] = 64
-        # Some of the discriminator's gradients are zero but for rounding: a larger eps keeps Adam from following them.
-        settings["algorithms"]["adversarial"] |= {"augment": False, "optimizer": {"adamw": {"eps": 1e-4}}}
-        settings["parallelism"] = parallelism
-        if name == "ddp":
-            settings["imports"] = [str(root / "spy.py")]
-            settings["callbacks"] = {"spy": {}}
-        settings["algorithms"]["gradient_clipping"] = {"clipping_type": "norm", "clipping_threshold": 0.5}
-        launch(settings, root / f"{name}-launch", ranks=ranks)
-    return root
-
-
-def test_ranks_are_identical_after_every_step(one_and_two_ranks):
-    equal = [r["spy/equal"] for r in metrics_of(one_and_two_ranks / "ddp") if "spy/equal" in r]
+def test_ranks_are_identical_after_every_step(ranks):
+    equal = [r["spy/equal"] for r in metrics_of(ranks / "ddp") if "spy/equal" in r]
     assert equal == [1.0] * 10
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_match_one(one_and_two_ranks, parallel):
-    one, two = figures(one_and_two_ranks / "one"), figures(one_and_two_ranks / parallel)
+def test_two_ranks_match_one(ranks, parallel):
+    one, two = figures(ranks / "one"), figures(ranks / parallel)
     assert len(one) == len(two) == 12
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()

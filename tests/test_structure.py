@@ -14,9 +14,9 @@ GROUPS = [
     {"algorithms", "callbacks"},
     {"parallelism", "resume"},
     {"run", "curves"},
-    {"demo"},
+    {"demo", "bench"},
 ]
-KNOWS_COMPOSER = {"model", "algorithms", "callbacks", "parallelism", "resume", "run"}
+KNOWS_COMPOSER = {"model", "algorithms", "callbacks", "parallelism", "resume", "run", "bench"}
 
 
 def modules():

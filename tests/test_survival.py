@@ -6,11 +6,31 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from streaming.base.shared.prefix import _pack_locals
 
-from tests.conftest import ROOT, assert_same_state, figures, resumable, train_here, write_yaml
+from rae.checkpoints import age
+from rae.processes import RunLock, remove_dead_segments
+from rae.registry import UserError
+from tests.conftest import (
+    ROOT,
+    assert_same_state,
+    figures,
+    launch,
+    layout_settings,
+    load_newest,
+    resumable,
+    run,
+    tensors_of,
+    train_here,
+    write_yaml,
+)
 
 
 def start(settings: dict, path: Path, *overrides: str, ranks: int | None = None, **env: str) -> subprocess.Popen:
@@ -90,7 +110,7 @@ def test_sigterm_saves_and_leaves(shards, undisturbed, tmp_path):
     log = tmp_path / "run/metrics.jsonl"
     process = start(settings, tmp_path)
     wait_for(process, lambda: log.exists() and '"batch": 2' in log.read_text())
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # its loader workers get it too, as from a scheduler
     assert end(process) == 128 + signal.SIGTERM
     error = (tmp_path / "stderr").read_text()
     assert "SIGTERM: stopped after step" in error
@@ -100,3 +120,150 @@ def test_sigterm_saves_and_leaves(shards, undisturbed, tmp_path):
     assert f"step {saved[0].partition('-ba')[2]}," in error
     train_here(resumable(shards, tmp_path / "run"))
     assert_same_state(undisturbed / "checkpoints", tmp_path / "run/checkpoints")
+
+
+def sealed(server, prefix: str) -> list[str]:
+    """Names of the complete checkpoints of one writer in the bucket."""
+    return [key.split("/")[-2] for key in server.keys(prefix) if key.endswith("part-0-of-1.json")]
+
+
+@pytest.fixture
+def bucket(s3, monkeypatch):
+    for name, value in s3.env().items():
+        monkeypatch.setenv(name, value)
+    return s3
+
+
+def test_a_new_machine_needs_the_bucket_alone(shards, undisturbed, bucket, tmp_path):
+    """Shards and checkpoints in the bucket; the first machine is killed and its disk is lost; then a finished run."""
+    for split in ("train", "eval"):
+        source, target = shards / f"images-{split}", f"s3://images/data/{split}"
+        run(sys.executable, "convert/imagefolder_to_mds.py", str(source), target, "--workers=1")
+    settings = resumable(shards, tmp_path / "machine")
+    settings["trainer"]["save_folder"] = "s3://images/runs/machine"
+    for split in ("train", "eval"):
+        settings["data"][split]["path"] = f"s3://images/data/{split}"
+    process = start(settings, tmp_path / "first")
+    wait_for(process, lambda: sealed(bucket, "runs/machine/"))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    shutil.rmtree(tmp_path / "machine")
+    launch(settings, tmp_path / "second")
+    assert_same_state(undisturbed / "checkpoints", "s3://images/runs/machine")
+    shutil.rmtree(tmp_path / "machine")
+    assert "is finished (2ep)" in launch(settings, tmp_path / "third").stderr
+    assert not (tmp_path / "machine/metrics.jsonl").exists()
+
+
+def test_a_server_that_goes_away(shards, bucket, tmp_path):
+    """Training goes on while uploads are tried again; then the run stops and says which checkpoint is safe."""
+    settings = resumable(shards, tmp_path / "run")
+    settings["data"]["eval"] = None
+    settings |= {"metrics": {}, "callbacks": {}, "checkpoints": {"upload_attempts": 2}}
+    settings["trainer"] |= {"save_folder": "s3://images/runs/away", "max_duration": "2000ba"}
+    process = start(settings, tmp_path)
+    wait_for(process, lambda: sealed(bucket, "runs/away/"))
+    bucket.stop()
+    seen = len(figures(tmp_path / "run"))
+    assert end(process) == 2
+    assert len(figures(tmp_path / "run")) > seen + 2
+    bucket.start()
+    safe = sorted(sealed(bucket, "runs/away/"), key=age)
+    line = (tmp_path / "stderr").read_text().strip().splitlines()[-1]
+    assert line.startswith("error: checkpoint ep")
+    assert "could not be uploaded to s3://images/runs/away in 2 attempts: the server does not answer" in line
+    assert f"{safe[-1]} is the newest safe checkpoint" in line
+    kept = Path(line.partition("it is kept in ")[2].partition(";")[0])
+    assert (kept / "state.pt").is_file()
+    newest = max((path.name for path in kept.parent.iterdir()), key=age)
+    settings["trainer"]["max_duration"] = f"{age(newest)[0] + 1}ba"
+    train_here(settings)  # goes on from what could not be uploaded, and uploads it
+    assert newest in sealed(bucket, "runs/away/")
+
+
+@pytest.mark.parametrize(("layout", "victim"), [("ddp", "launcher"), ("fsdp", "rank")])
+def test_kills_of_two_ranks(shards, ranks, tmp_path, layout, victim):
+    """A launcher whose ranks are left behind, or one of the ranks; the next start ends like the undisturbed one."""
+    settings = layout_settings(shards, tmp_path / "run", layout)
+    process = start(settings, tmp_path, ranks=2)
+    wait_for(process, lambda: (tmp_path / "run/checkpoints/ep0-ba4").exists())
+    launched = [child.pid for child in psutil.Process(process.pid).children()]
+    os.kill(process.pid if victim == "launcher" else launched[1], signal.SIGKILL)
+    if victim == "rank":
+        assert end(process) != 0
+    process.wait()
+    launch(settings, tmp_path, ranks=2)
+    assert_same_state(ranks / layout / "checkpoints", tmp_path / "run/checkpoints")
+    assert_same_figures(ranks / layout, tmp_path / "run")
+
+
+def test_a_killed_loader_worker(shards, undisturbed, tmp_path):
+    settings = resumable(shards, tmp_path / "run")
+    process = start(settings, tmp_path)
+    wait_for(process, lambda: (tmp_path / "run/checkpoints/ep0-ba2").exists())
+    workers = [child for child in psutil.Process(process.pid).children() if "train.py" in " ".join(child.cmdline())]
+    workers[0].kill()
+    assert end(process) != 0
+    train_here(settings)
+    assert_same_state(undisturbed / "checkpoints", tmp_path / "run/checkpoints")
+    assert_same_figures(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("one", "ddp"), ("one", "fsdp"), ("ddp", "one"), ("fsdp", "one")])
+def test_another_number_of_ranks_goes_on(shards, ranks, tmp_path, saved, resumed):
+    """Data order and figures go on as in the run of one rank, but for the rounding of sums in another order."""
+    shutil.copytree(ranks / saved, tmp_path / "run")
+    keep_until(tmp_path / "run", 4)
+    settings = layout_settings(shards, tmp_path / "run", resumed)
+    if resumed == "one":
+        train_here(settings)
+    else:
+        launch(settings, tmp_path, ranks=2)
+    one, went_on = figures(ranks / "one"), figures(tmp_path / "run")
+    assert [record["batch"] for record in went_on] == [record["batch"] for record in one]
+    for expected, record in zip(one, went_on, strict=True):
+        for name in expected.keys() & {"loss/train/l1", "loss/train/perceptual", "lr/decoder", "metrics/eval/psnr"}:
+            assert record[name] == pytest.approx(expected[name], rel=2e-3), (record["batch"], name)
+
+
+def test_forms_of_a_checkpoint_hold_the_same(ranks, tmp_path):
+    """Whole and sharded checkpoints of the same step: after conversion, equal names and equal weights."""
+    whole, sharded = (load_newest(ranks / layout / "checkpoints") for layout in ("ddp", "fsdp"))
+    for key in ("model", "algorithms", "optimizers"):
+        left, right = tensors_of(whole[key]), tensors_of(sharded[key])
+        assert left.keys() == right.keys()
+    for name, weight in whole["model"].items():
+        torch.testing.assert_close(sharded["model"][name], weight, rtol=1e-2, atol=1e-3)
+
+
+def test_two_runs_at_once_on_the_same_data(shards, undisturbed, tmp_path):
+    processes = [start(resumable(shards, tmp_path / name / "run"), tmp_path / name) for name in ("a", "b")]
+    assert [end(process, 240) for process in processes] == [0, 0]
+    for name in ("a", "b"):
+        assert_same_state(undisturbed / "checkpoints", tmp_path / name / "run/checkpoints")
+
+
+def test_the_same_run_twice_at_once_is_refused(shards, tmp_path):
+    lock = RunLock(tmp_path / "run")
+    lock.acquire()
+    with pytest.raises(UserError, match="in use by another run"):
+        RunLock(tmp_path / "run").acquire(seconds=0)
+
+
+def test_dead_shared_memory_goes_and_live_stays(tmp_path):
+    def segment(number: int, folder: str) -> SharedMemory:
+        data = _pack_locals([folder], number)
+        made = SharedMemory(f"{number:06}_locals", create=True, size=len(data))
+        made.buf[: len(data)] = data
+        resource_tracker.unregister(made._name, "shared_memory")
+        return made
+
+    dead, live, other = (segment(990 + i, str(tmp_path / name)) for i, name in enumerate(("ours", "ours", "others")))
+    dead.close()
+    other.close()
+    remove_dead_segments([str(tmp_path / "ours")])
+    left = {path.name for path in Path("/dev/shm").glob("00099*_locals")}
+    live.close()
+    for name in left:
+        Path("/dev/shm", name).unlink()
+    assert left == {"000991_locals", "000992_locals"}
