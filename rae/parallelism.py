@@ -1,10 +1,14 @@
 """Sharded training: what of Composer's FSDP2 fits this model, and what is refused."""
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from rae.config import Config, world_size
 from rae.registry import UserError, check_arguments
@@ -50,6 +54,8 @@ def check_sharding(config: Config) -> None:
     replicas = config.fsdp.get("replicas", 1)
     if replicas < 1 or world_size() % replicas:
         raise UserError(f"fsdp.replicas: {world_size()} ranks cannot be split into {replicas} equal groups")
+    if replicas > 1 and (config.trainer.get("device") == "cpu" or not torch.cuda.is_available()):
+        raise UserError("fsdp.replicas: torch's hybrid sharding needs GPUs; leave it out on CPUs")
     if config.trainer.get("precision") == "amp_fp16":
         raise UserError("trainer.precision: amp_fp16 does not go with parallelism: fsdp; use amp_bf16")
     if "optimizer_monitor" in config.callbacks:
@@ -73,7 +79,18 @@ def parallelism(config: Config) -> ParallelismConfig | None:
     """What Composer's Trainer takes; None for DDP."""
     if not is_sharded(config):
         return None
+    if torch.distributed.get_backend() == "gloo":
+        _fsdp_collectives._get_gradient_divide_factors = _sum_then_divide
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # FSDP2's notice that it is experimental
         arguments: dict[str, Any] = {"state_dict_type": "full", **config.fsdp}
         return ParallelismConfig(fsdp=HybridFSDP2Config(**arguments))
+
+
+def _sum_then_divide(
+    reduce_scatter_group: ProcessGroup, all_reduce_group: ProcessGroup | None, *_: object
+) -> tuple[float, float]:
+    # gloo's reduce-scatter takes FSDP2's AVG for SUM without a word, and its all-reduce refuses AVG. A factor before
+    # the reduction, even of 1, makes FSDP2 sum, and the one after it divide.
+    groups = (reduce_scatter_group, all_reduce_group)
+    return 1.0, float(math.prod(group.size() for group in groups if group is not None))

@@ -23,7 +23,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.ema import LIVE_SUFFIX
-from rae.algorithms.gloo import GlooGradients
 from rae.callbacks.begin_step import BeginStep
 from rae.callbacks.checkpointer import Checkpointer
 from rae.checkpoints import METRICS, without_code
@@ -44,6 +43,8 @@ _OURS = (
     *("model", "train_dataloader", "eval_dataloader", "optimizers", "schedulers", "algorithms", "algorithm_passes"),
     "step_schedulers_every_batch",
     *("callbacks", "loggers", "parallelism_config", "seed", "run_name"),
+)
+_NOT_USED = (  # how checkpoints are named and what they hold is not a choice here
     *("load_object_store", "load_exclude_algorithms", "save_filename", "save_latest_filename", "save_overwrite"),
     *("save_ignore_keys", "save_weights_only", "save_metrics"),
 )
@@ -80,7 +81,10 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
     for key in _OURS:
         if key in arguments:
             raise UserError(f"trainer.{key}: this is set by the configuration's own sections, not under trainer:")
-    check_arguments(Trainer, arguments, "trainer", _OURS)
+    for key in _NOT_USED:
+        if key in arguments:
+            raise UserError(f"trainer.{key}: not used here, where checkpoints have one form; leave it out")
+    check_arguments(Trainer, arguments, "trainer", (*_OURS, *_NOT_USED))
     if arguments.get("max_duration") is None:
         raise UserError("missing value: trainer.max_duration is required, such as 16ep")
     microbatch = arguments.get("device_train_microbatch_size", 1)
@@ -150,8 +154,7 @@ def build_trainer(config: Config) -> Trainer:
     model = device.module_to_device(build_model(config))
     optimizer = build("optimizer", config.optimizer, "optimizer", params=_trained(model))
     context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation)
-    # Composer runs AFTER events from the last algorithm to the first: gradients are mended before they are clipped.
-    algorithms = [*_build_all("algorithm", config.algorithms, context), GlooGradients()]
+    algorithms = _build_all("algorithm", config.algorithms, context)
     arguments.setdefault("progress_bar", sys.stderr.isatty())
     loggers = dict(config.loggers)
     if not arguments["progress_bar"]:

@@ -93,6 +93,40 @@ def test_a_batch_that_ranks_cannot_share(config_file, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["fsdp.replicas=3"], "fsdp.replicas: 2 ranks cannot be split into 3 equal groups"),
+        (["fsdp.replicas=2", "trainer.device=cpu"], "hybrid sharding needs GPUs"),
+        (["fsdp.activation_checkpointing=true"], "set model.decoder.activation_checkpointing"),
+        (["fsdp.state_dict_type=local"], "neither full nor sharded"),
+        (["fsdp.reshard=true"], "fsdp.reshard"),
+        (["trainer.precision=amp_fp16"], "amp_fp16 does not go with parallelism: fsdp"),
+        (["callbacks.optimizer_monitor={}"], "optimizer_monitor: fails under"),
+        (["algorithms.gradient_clipping={clipping_type: adaptive, clipping_threshold: 1}"], "adaptive clipping"),
+    ],
+)
+def test_what_does_not_go_with_sharding_is_refused(config_file, monkeypatch, overrides, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=message):
+        check(load_config(str(config_file), ["parallelism=fsdp", *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.save_num_checkpoints_to_keep=0"], "at least 1, or -1"),
+        (["trainer.save_folder=azure://a/b", "trainer.save_num_checkpoints_to_keep=2"], "cannot be deleted from here"),
+        (["trainer.save_filename=x.pt"], "trainer.save_filename"),
+        (["trainer.save_folder=null", "trainer.autoresume=true"], "nothing to go on from"),
+        (["checkpoints.damaged=ignore"], "checkpoints.damaged"),
+    ],
+)
+def test_faults_in_saving(config_file, overrides, message):
+    with pytest.raises(UserError, match=message):
+        check(load_config(str(config_file), overrides))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [("a: [1", "is not valid YAML"), ("- a\n- b", "is a mapping of keys, not a list"), ("a: ${b}", "'b' not found")],
 )

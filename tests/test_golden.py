@@ -121,6 +121,27 @@ def test_published_decoder_sizes(size, shape):
     assert decoder.positions.shape[1] == 257
 
 
+def test_activation_checkpointing_gives_the_same_gradients_from_less_memory():
+    latent, results = torch.rand(2, 32, 4, 4), []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        decoder = Decoder(32, 64, activation_checkpointing=checkpointing, **DECODER)
+        kept = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            image, _ = decoder(latent)
+        image.square().sum().backward()
+        results.append((kept, [p.grad for p in decoder.parameters()]))
+    (kept, gradients), (kept_less, same) = results
+    assert kept_less < kept / 2
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
 def test_patches_are_laid_out_row_column_channel():
     image = torch.arange(2 * 3 * 8 * 8.0).reshape(2, 3, 8, 8)
     tokens = patchify(image, 4)
