@@ -79,9 +79,14 @@ def starting(seconds: float) -> tuple[str, Moment]:
 
 
 def anywhen(rng: random.Random) -> tuple[str, Moment]:
-    seconds, (_, first), (_, later) = rng.uniform(0, 2), step(1), starting(0)
-    later = starting(seconds)[1]
-    return f"random, {seconds:.2f} s after a step", lambda run_dir: first(run_dir) and later(run_dir)
+    seconds, before = rng.uniform(0, 2), []
+    _, later = starting(seconds)
+
+    def reached(run_dir: Path) -> bool:
+        before[:] = before or [last(run_dir)["batch"]]
+        return last(run_dir)["batch"] != before[0] and later(run_dir)
+
+    return f"random, {seconds:.2f} s of training", reached
 
 
 def chains() -> list[tuple[str, list[tuple[str, tuple[str, Moment]]]]]:
