@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 from rae.registry import UserError
 
 # S3: an unreachable server is to be found in seconds; uploads are tried again above this.
-_S3_CLIENT = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 3}}
+_S3_CLIENT = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 3}}
 _DELETABLE = ("s3", "gs")
 _REASONS = {  # what S3's servers and boto3 say -> what that means to the user
     "NoSuchBucket": "there is no such bucket; create it, or mend the name",

@@ -181,17 +181,20 @@ def test_a_server_that_goes_away(shards, bucket, tmp_path):
     assert newest in sealed(bucket, "runs/away/")
 
 
-@pytest.mark.parametrize(("layout", "victim"), [("ddp", "launcher"), ("fsdp", "rank")])
+@pytest.mark.parametrize(("layout", "victim"), [("ddp", "launcher"), ("fsdp", "rank"), ("fsdp", "nobody")])
 def test_kills_of_two_ranks(shards, ranks, tmp_path, layout, victim):
-    """A launcher whose ranks are left behind, or one of the ranks; the next start ends like the undisturbed one."""
+    """A launcher whose ranks are left behind, one of the ranks, or a SIGTERM to the launcher, upon which they save."""
     settings = layout_settings(shards, tmp_path / "run", layout)
     process = start(settings, tmp_path, ranks=2)
     wait_for(process, lambda: (tmp_path / "run/checkpoints/ep0-ba4").exists())
     launched = [child.pid for child in psutil.Process(process.pid).children()]
-    os.kill(process.pid if victim == "launcher" else launched[1], signal.SIGKILL)
-    if victim == "rank":
-        assert end(process) != 0
-    process.wait()
+    if victim == "nobody":
+        process.terminate()
+    else:
+        os.kill(process.pid if victim == "launcher" else launched[1], signal.SIGKILL)
+    assert end(process) != 0
+    if victim == "nobody":
+        assert (tmp_path / "stderr").read_text().count("SIGTERM: stopped after step") == 1
     launch(settings, tmp_path, ranks=2)
     assert_same_state(ranks / layout / "checkpoints", tmp_path / "run/checkpoints")
     assert_same_figures(ranks / layout, tmp_path / "run")
