@@ -122,9 +122,7 @@ def checkpoint_bytes() -> None:
 
     The naive one also holds all that is frozen, and an average of it.
     """
-    table = Table(
-        "decoder", "ours GB", "with all that is frozen and its average GB", "ratio", title="checkpoint, bytes"
-    )
+    table = Table("decoder", "ours GB", "naive GB", "ratio", title="checkpoint, bytes")
     for size in SIZES:
         networks = published(size, "meta")
         ours, naive = (size_of(tensors(networks, careful)) for careful in (True, False))
