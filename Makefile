@@ -1,11 +1,12 @@
 # make test: lint, types, tests.  make demo: train an autoencoder on photographs, in minutes.
+# make bench-data: speed of loading and conversion, beside others'.
 PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # make soak: kill runs at many moments and compare their ends.
 # make bench: what the weight average and checkpoints cost.
-.PHONY: test soak bench demo env clean
+.PHONY: test soak bench bench-data demo env clean
 
 test: env
 	@ruff check --quiet . && ruff format --quiet --check .
@@ -20,6 +21,9 @@ bench: env
 
 demo: env
 	@python -m rae.demo
+
+bench-data: env
+	@python -m rae.bench_data
 
 env: $(VENV)/.ready
 

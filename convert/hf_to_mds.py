@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 
 from rae.registry import UserError
-from rae.shards import add_options, options_from, report, run_command, write_shards
+from rae.shards import add_options, add_val_fraction, convert_splits, options_from, run_command
 
 
 class SavedDataset:
@@ -22,6 +22,7 @@ class SavedDataset:
         if self.label_column is not None and self.label_column not in self.data.features:
             raise UserError(f"there is no column {self.label_column!r}; there are: {', '.join(self.data.features)}")
         self.data = self.data.cast_column(self.image_column, datasets.Image(decode=False))
+        self.fingerprint, self.remote = str(self.data._fingerprint), False
         feature = self.data.features.get(self.label_column) if self.label_column else None
         self.classes = feature.names if isinstance(feature, datasets.ClassLabel) else self._observed_classes()
 
@@ -87,11 +88,12 @@ def main() -> None:
     parser.add_argument("--image-column", help="default: the one column of type Image")
     parser.add_argument("--label-column", help="default: the one ClassLabel column, or 'label'")
     add_options(parser)
+    add_val_fraction(parser)
     arguments = parser.parse_args()
     options = options_from(arguments)
     datasets.disable_progress_bars()
     source = SavedDataset(arguments.dataset, arguments.split, arguments.image_column, arguments.label_column)
-    print(report(write_shards(source, options), options.out))
+    convert_splits(source, options, arguments.val_fraction)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A run's configuration: YAML and overrides, checked before anything heavy is imported or built."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,11 +25,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
 
 
-class TrainData(Section):
-    """Where training images come from, and how they are augmented."""
+class StreamData(Section):
+    """One of several data sets that are mixed; at most one of proportion, repeat and choose."""
 
     path: str
+    cache: str | None = None
+    """Local folder for shards of a remote path; by default ``<run_dir>/cache/<name>``."""
+    proportion: Annotated[float, Field(gt=0)] | None = None
+    """This stream's part of an epoch, relative to the others' proportions; if one stream has it, all have."""
+    repeat: Annotated[float, Field(gt=0)] | None = None
+    """How often an epoch goes through it; 0.5 takes half of it."""
+    choose: PositiveInt | None = None
+    """How many of its samples an epoch takes."""
+
+
+class TrainData(Section):
+    """Where training images come from, and how they are augmented: ``path``, or several ``streams``."""
+
+    path: str | None = None
     """MDS shards: a local folder, or ``s3://``, ``gs://``, ``oci://``, ``azure://``."""
+    streams: dict[str, StreamData] = {}
+    """Several data sets by name, mixed: ``imagenet: {path: …, proportion: 0.8}``."""
     cache: str | None = None
     """Local folder for shards of a remote path; by default ``<run_dir>/cache/train``."""
     shuffle: bool = True
@@ -45,6 +62,8 @@ class EvalData(Section):
     cache: str | None = None
     limit: PositiveInt | None = None
     """Use the first so many images only."""
+    metrics: list[str] | None = None
+    """Names out of the configuration's metrics; by default all of them."""
 
 
 class Data(Section):
@@ -64,8 +83,14 @@ class Data(Section):
     so that each node downloads its own part."""
     train: TrainData
     eval: EvalData | None = None
+    evals: dict[str, EvalData] = {}
+    """Further evaluation sets by name; their figures are ``metrics/<name>/…``."""
+    verify: bool = True
+    """Compare shards with their hashes when they are downloaded and when they are first read."""
+    max_bad_samples: Annotated[int, Field(ge=0)] = 0
+    """Samples that do not decode to tolerate: the next one takes the place of each, and they are counted and logged."""
     streaming: dict[str, Any] = {}
-    """Further arguments of streaming.StreamingDataset (cache_limit, predownload, validate_hash, …)."""
+    """Further arguments of streaming.StreamingDataset (cache_limit, predownload, download_timeout, …)."""
 
 
 class DecoderSizes(Section):
@@ -218,17 +243,39 @@ def check_data(config: Config) -> None:
             raise UserError(f"data.{key}: {size} cannot be shared equally by {ranks} ranks")
     if data.train.resize is not None and data.train.resize < data.image_size:
         raise UserError(f"data.train.resize: {data.train.resize} is smaller than data.image_size, {data.image_size}")
-    if data.eval is None and config.metrics:
+    if bool(data.train.path) == bool(data.train.streams):
+        raise UserError("data.train: give either path or streams")
+    if data.eval is None and (config.metrics or data.evals):
         raise UserError("metrics: there is nothing to evaluate them on; set data.eval.path")
-    if data.eval is not None and data.eval.path == data.train.path:
-        raise UserError("data.eval.path: it is data.train.path too; evaluation needs images of its own")
-    for key in ("train", "eval"):
-        split = getattr(data, key)
-        if split is None or is_remote(split.path):
-            continue
-        if not Path(split.path).is_dir():
-            raise UserError(
-                f"data.{key}.path: there is no folder {split.path!r}; make it with convert/imagefolder_to_mds.py"
-            )
-        if not (Path(split.path) / "index.json").is_file():
-            raise UserError(f"data.{key}.path: {split.path!r} holds no index.json, so it is no finished MDS data set")
+    training = {"data.train": data.train.path} if data.train.path else {}
+    training |= {f"data.train.streams.{name}": stream.path for name, stream in data.train.streams.items()}
+    evaluation = {f"data.evals.{name}": source for name, source in data.evals.items()}
+    if data.eval is not None:
+        evaluation["data.eval"] = data.eval
+    for key, source in evaluation.items():
+        same = next((name for name, path in training.items() if path == source.path), None)
+        if same:
+            raise UserError(f"{key}.path: it is {same}.path too; evaluation needs images of its own")
+        for metric in source.metrics or ():
+            if metric not in config.metrics:
+                raise UserError(f"{key}.metrics: {metric!r} is not among metrics: {', '.join(config.metrics)}")
+    for name in data.evals:
+        if not name.isidentifier() or name == "eval" or name.endswith("_live"):
+            raise UserError(f"data.evals.{name}: give it another name, of letters and digits")
+    for key, path in (training | {key: source.path for key, source in evaluation.items()}).items():
+        _check_path(key, path)
+
+
+def _check_path(key: str, path: str) -> None:
+    if is_remote(path):
+        return
+    if not Path(path).is_dir():
+        raise UserError(f"{key}.path: there is no folder {path!r}; make it with convert/imagefolder_to_mds.py")
+    index = Path(path) / "index.json"
+    if not index.is_file():
+        raise UserError(f"{key}.path: {path!r} holds no index.json, so it is no finished MDS data set")
+    try:
+        shards = json.loads(index.read_text())["shards"]
+        [shard["raw_data"]["basename"] for shard in shards]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{key}.path: {index} is damaged ({error}); restore it from a copy or convert again") from error

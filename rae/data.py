@@ -1,19 +1,33 @@
 """Streamed image data: MDS shards to uint8 batches, with augmentation that depends on (seed, epoch, sample) alone."""
 
+import inspect
 import io
-from collections.abc import Callable, Iterator
+import logging
+import math
+import mmap
+import os
+import struct
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvf
-from PIL import Image, ImageOps
-from streaming import StreamingDataLoader, StreamingDataset
+from PIL import Image, ImageOps, UnidentifiedImageError
+from streaming import Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
+from streaming.base.format.base.reader import FileInfo
+from streaming.base.format.mds.encodings import mds_decode
+from streaming.base.format.mds.reader import MDSReader
+from streaming.base.hashing import get_hash
+from streaming.base.world import World
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from rae.config import is_remote
@@ -21,30 +35,53 @@ from rae.processes import follow_parent, heed_parent_alone
 from rae.registry import UserError
 from rae.storage import reason
 
-Transform = Callable[[bytes, np.random.Generator], Tensor]
+log = logging.getLogger(__name__)
+
+Data = bytes | memoryview
+Transform = Callable[[Data, Random], Tensor]
+MAX_PIXELS = 2**27
+"""Larger images are taken for decompression bombs: 134 million pixels are 400 MB once decoded."""
+_SMALL = 2**18
+"""A JPEG of fewer bytes is within MAX_PIXELS: each bit of it stands for 64 pixels at the most."""
 
 
-def decode(data: bytes) -> Tensor:
+def decode(data: Data) -> Tensor:
     """Image file bytes -> uint8 (3, H, W), upright.
 
     JPEG goes through libjpeg-turbo in torchvision; everything else, and JPEGs that torchvision rejects, through
     Pillow. Transparent pixels come out over black, 16-bit samples are scaled to 8.
 
     Raises:
-        PIL.UnidentifiedImageError, OSError: not an image, or a damaged one.
+        ValueError, OSError: not an image, a damaged one, or one of more than MAX_PIXELS.
     """
     if data[:2] == b"\xff\xd8":
+        if len(data) > _SMALL:
+            _open(data)
         try:
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            buffer = torch.frombuffer(bytearray(data) if isinstance(data, bytes) else data, dtype=torch.uint8)
             return decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError:
             pass
     return torch.from_numpy(np.array(open_rgb(data))).permute(2, 0, 1)
 
 
-def open_rgb(data: bytes) -> Image.Image:
+def _open(data: Data) -> Image.Image:
+    if not data:
+        raise ValueError("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is ours
+        try:
+            image = Image.open(io.BytesIO(data))
+        except UnidentifiedImageError as error:
+            raise ValueError("it is no image of a known format") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} × {image.height} pixels, more than {MAX_PIXELS:,}")
+    return image
+
+
+def open_rgb(data: Data) -> Image.Image:
     """Image file bytes -> a decoded, upright Pillow image in RGB (an animation's first frame)."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    image = ImageOps.exif_transpose(_open(data))
     if image.mode.startswith("I"):  # Pillow's own conversion of 16-bit grey clips instead of scaling
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -63,22 +100,35 @@ def train_transform(size: int, resize_to: int | None = None, flip: bool = False)
     if short < size:
         raise ValueError(f"resize_to {short} is smaller than the crop, {size}")
 
-    def transform(data: bytes, rng: np.random.Generator) -> Tensor:
+    def transform(data: Data, rng: Random) -> Tensor:
         image = decode(data)
         if min(image.shape[1:]) != short:
-            image = tvf.resize(image, [short], interpolation=tvf.InterpolationMode.BICUBIC, antialias=True)
-        top, left = (int(rng.integers(0, side - size + 1)) for side in image.shape[1:])
+            image = resize_short_side(image, short)
+        top, left = (rng.randrange(side - size + 1) for side in image.shape[1:])
         image = image[:, top : top + size, left : left + size]
-        return image.flip(2) if flip and rng.integers(2) else image
+        return image.flip(2) if flip and rng.randrange(2) else image
 
     return transform
+
+
+def resize_short_side(image: Tensor, short: int) -> Tensor:
+    """uint8 (3, H, W) -> uint8 with the short side ``short``: bicubic, antialiased, as Pillow's within a grey level.
+
+    Raises:
+        ValueError: a narrow strip that would become larger than MAX_PIXELS.
+    """
+    height, width = image.shape[1:]
+    if short * short * max(height, width) > MAX_PIXELS * min(height, width):
+        raise ValueError(f"{width} × {height} is too narrow to be resized to {short}")
+    return tvf.resize(image, [short], interpolation=tvf.InterpolationMode.BICUBIC, antialias=True)
 
 
 def eval_transform(size: int) -> Transform:
     """ADM's centre crop (arXiv 2105.05233): halve with a box filter, then bicubic, then crop."""
 
-    def transform(data: bytes, rng: np.random.Generator) -> Tensor:
-        return torch.from_numpy(np.array(center_crop(open_rgb(data), size))).permute(2, 0, 1)
+    def transform(data: Data, rng: Random) -> Tensor:
+        image = Image.fromarray(decode(data).permute(1, 2, 0).numpy())
+        return torch.from_numpy(np.array(center_crop(image, size))).permute(2, 0, 1)
 
     return transform
 
@@ -97,23 +147,115 @@ class DataError(UserError):
     """Training data that cannot be read. Worker processes pass it on with its traceback as the message."""
 
 
-class ImageDataset(StreamingDataset):
+class BadSampleError(RuntimeError):
+    """A sample that does not decode. The message names its file, its place and the reason."""
+
+
+class Reader(MDSReader):
+    """A shard whose samples come as views of one buffer: bytes columns as memoryviews, others decoded."""
+
+    @classmethod
+    def of(cls, shard: MDSReader) -> "Reader":
+        """The same shard."""
+        fields = list(inspect.signature(MDSReader).parameters)
+        return cls(**{name: getattr(shard, name) for name in fields})
+
+    def get_item(self, idx: int) -> dict[str, Any]:
+        name = os.path.join(self.dirname, self.split, self.raw_data.basename)
+        file = os.open(name, os.O_RDONLY)
+        try:
+            begin, end = struct.unpack("<II", os.pread(file, 8, 4 + 4 * idx))
+            data = memoryview(bytearray(max(0, end - begin)))
+            if not data or os.preadv(file, [data], begin) != len(data):
+                raise BadSampleError(f"number {idx} in {name} is cut off")
+        except struct.error as error:
+            raise BadSampleError(f"{name} ends before number {idx}") from error
+        finally:
+            os.close(file)
+        widths = iter(struct.unpack_from(f"<{self.column_sizes.count(None)}I", data))
+        start, sample = 4 * self.column_sizes.count(None), {}
+        for name, encoding, size in zip(self.column_names, self.column_encodings, self.column_sizes, strict=True):
+            value = data[start : (start := start + (size or next(widths)))]
+            sample[name] = value if encoding == "bytes" else mds_decode(encoding, bytes(value))
+        return sample
+
+
+class ImageStream(Stream):
+    """A data set, or a part of a mixture, of MDS shards. Arguments are those of :class:`streaming.Stream`."""
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Any]:
+        return [Reader.of(shard) for shard in super().get_shards(world, allow_unsafe_types)]
+
+
+class _Shards(StreamingDataset):
+    """Streaming without its costs a sample: a file lock, threads that wait for what is there, copies of the image.
+
+    Together they take as long as half the decoding of an image.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.files = [
+            os.path.join(stream.local, stream.split, shard.raw_data.basename)
+            for stream, shard in zip((self.streams[i] for i in self.stream_per_shard), self.shards, strict=True)
+        ]
+        self._present: set[int] = set()
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        if shard_id in self._present and os.path.exists(self.files[shard_id]):
+            return
+        super().prepare_shard(shard_id, blocking)
+        if not self.cache_limit and self._shard_states[shard_id] == _ShardState.LOCAL:
+            self._present.add(shard_id)
+
+    def _prepare_thread(self, it: Any) -> None:
+        if self._complete():
+            it.prepare_index = it.total
+        super()._prepare_thread(it)
+
+    def _ready_thread(self, it: Any) -> None:
+        if self._complete():
+            it.ready_index = it.total
+        super()._ready_thread(it)
+
+    def _complete(self) -> bool:
+        """Whether every shard is there, as it is read, to stay."""
+        if self.cache_limit or any(shard.compression for shard in self.shards):
+            return False
+        return bool((self._shard_states.numpy() == _ShardState.LOCAL).all())
+
+
+class ImageDataset(_Shards):
     """MDS shards of encoded images (columns ``image``: bytes, ``label``: int) as uint8 tensors.
 
     Args:
         transform: bytes and a random generator -> uint8 (3, S, S). The generator is seeded by
             (seed, epoch, sample), so an image's augmentation is the same whichever worker or rank draws it.
         seed: of shuffling and augmentation.
+        verify: compare shards with their hashes when they are downloaded, and once a process group when they are
+            first read.
         kwargs: of :class:`streaming.StreamingDataset`.
+
+    Raises:
+        UserError: a shard that is listed but absent, or of another size than listed; a cache limit that would
+            delete the only copy of a shard.
     """
 
-    def __init__(self, *, transform: Transform, seed: int, **kwargs: Any):
+    def __init__(self, *, transform: Transform, seed: int, verify: bool = True, **kwargs: Any):
         super().__init__(shuffle_seed=seed, **kwargs)
         self.transform, self.seed = transform, seed
         self.fault: BaseException | None = None
         for stream in self.streams:  # forked workers would share the connection that fetched the index
             if stream._downloader is not None:
                 stream._downloader.clean_up()
+        self.replace_bad = False
+        self.batcher: Batcher | None = None
+        _check_streams(self)
+        # In memory that loader workers share, so that one of them reads a shard for the sake of its hash, not each.
+        self.verified = torch.full((self.num_shards,), not verify).share_memory_()
+        for stream, first in zip(self.streams, self.shard_offset_per_stream, strict=True):
+            hashes = [*self.shards[first].hashes, None]
+            stream.validate_hash = (stream.validate_hash or hashes[0]) if verify else None
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         # Streaming would leave a shard that failed in state PREPARING, which others wait for, and a damaged file in
@@ -151,15 +293,123 @@ class ImageDataset(StreamingDataset):
         return state
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """A sample: image uint8 (3, S, S), label, stream (its number), and fault (None, or what was wrong).
+
+        With ``replace_bad``, the next sample that decodes takes the place of one that does not.
+
+        Raises:
+            BadSampleError: it does not decode, and is not to be replaced.
+            UserError: its shard is damaged.
+        """
+        try:
+            return self._read(sample_id, retry)
+        except BadSampleError as error:
+            if not self.replace_bad:
+                raise
+            fault = str(error)
+        for step in range(1, self.num_samples):
+            try:
+                return {**self._read((sample_id + step) % self.num_samples, retry), "fault": fault}
+            except BadSampleError:
+                continue
+        raise DataError(f"no sample of the data set decodes; the first fault: {fault}")
+
+    def _read(self, sample_id: int, retry: int) -> dict[str, Any]:
+        shard_id, place = self.spanner[sample_id]
+        if not self.verified[shard_id]:
+            self._verify(shard_id)
         sample = super().get_item(sample_id, retry)
-        # next_epoch counts begun epochs in shared memory, so workers of one epoch agree on it.
-        rng = np.random.default_rng([self.seed, self.next_epoch, sample_id])
+        if "latent" in sample:
+            return {
+                **stored_latent(sample),
+                "label": sample["label"],
+                "stream": int(self.stream_per_shard[shard_id]),
+                "fault": None,
+            }
+        # next_epoch counts begun epochs in shared memory, so workers of one epoch agree on it. A string seed goes
+        # through SHA-512, so that neighbouring samples have unrelated draws.
+        rng = Random(f"{self.seed},{self.next_epoch},{sample_id}")
         try:
             image = self.transform(sample["image"], rng)
         except Exception as error:
-            name = sample.get("path", "without a path column")
-            raise RuntimeError(f"cannot decode sample {sample_id} ({name}): {error}") from error
-        return {"image": image, "label": int(sample.get("label", -1))}
+            name, file = sample.get("path", "no path column"), self.files[shard_id]
+            raise BadSampleError(
+                f"sample {sample_id} ({name}; number {place} in {file}): {_first_line(error)}"
+            ) from error
+        image = image.clone() if self.batcher is None else self.batcher.place(image)  # a crop keeps the whole alive
+        stream = int(self.stream_per_shard[shard_id])
+        return {"image": image, "label": int(sample.get("label", -1)), "stream": stream, "fault": None}
+
+    def _verify(self, shard_id: int) -> None:
+        stream, file = self.streams[self.stream_per_shard[shard_id]], self.files[shard_id]
+        fault = shard_fault(file, self.shards[shard_id].raw_data) if os.path.exists(file) else None
+        if fault and stream.remote:  # a cached copy from an earlier run: the original may be whole
+            self.evict_shard(shard_id)
+            self.prepare_shard(shard_id)
+        elif fault:
+            raise DataError(
+                f"{fault}; restore it from a copy or convert again (convert/verify_mds.py lists all damage; "
+                "data.verify: false reads damaged shards as they are)"
+            )
+        self.verified[shard_id] = True
+
+
+def stored_latent(sample: dict[str, Any]) -> dict[str, Tensor]:
+    """Arrays of a sample with a precomputed latent -> latent (C, h, w) bf16 or fp16, and image uint8 if it is there."""
+    latent = torch.from_numpy(sample["latent"].copy())
+    latent = latent.view(torch.bfloat16) if latent.dtype == torch.uint16 else latent
+    image = {"image": torch.from_numpy(sample["image"].copy())} if "image" in sample else {}
+    return {"latent": latent, **image}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shard_fault(file: str, info: FileInfo) -> str | None:
+    """What is wrong with a shard's file: its size or its hash is not that of index.json; None when it is whole."""
+    size = os.path.getsize(file)
+    if size != info.bytes:
+        return f"{file} is damaged: it has {size:,} bytes where index.json says {info.bytes:,}"
+    for algorithm, expected in info.hashes.items():
+        with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if get_hash(algorithm, content) != expected:  # type: ignore[arg-type]
+                return f"{file} is damaged: its {algorithm} hash is not that of index.json"
+    return None
+
+
+def _check_streams(dataset: ImageDataset) -> None:
+    for stream, first, count in zip(
+        dataset.streams, dataset.shard_offset_per_stream, dataset.shards_per_stream, strict=True
+    ):
+        folder = os.path.join(stream.local, stream.split)
+        if not {"image", "latent"} & set(dataset.shards[first].column_names):
+            raise DataError(f"{folder}/index.json: there is no column 'image', so these shards hold no images")
+        if stream.remote:
+            continue
+        if dataset.cache_limit:
+            raise DataError(
+                f"cache_limit: {folder} is the data itself, from which nothing may be deleted; leave it out"
+            )
+        for shard in dataset.shards[first : first + count]:
+            _check_present(folder, shard)
+
+
+def _check_present(folder: str, shard: Any) -> None:
+    sizes = [
+        (path, info.bytes, os.path.getsize(path) if os.path.exists(path) else None)
+        for info in (shard.raw_data, shard.zip_data)
+        if info
+        for path in [os.path.join(folder, info.basename)]
+    ]
+    if all(found is None for _, _, found in sizes):
+        raise DataError(f"{sizes[-1][0]} is listed in index.json but absent; restore it or convert again")
+    for path, expected, found in sizes:
+        if found not in (None, expected):
+            raise DataError(
+                f"{path} is damaged: it has {found:,} bytes where index.json says {expected:,}; "
+                "restore it from a copy or convert again"
+            )
 
 
 class IndexedImages(Dataset):
@@ -178,26 +428,159 @@ class IndexedImages(Dataset):
 
 def open_dataset(path: str, cache: str | Path, **kwargs: Any) -> ImageDataset:
     """An :class:`ImageDataset` on a local folder, or on a remote one through the local folder ``cache``."""
+    return ImageDataset(streams=[open_stream(path, cache)], **kwargs)
+
+
+def open_stream(path: str, cache: str | Path, **weight: Any) -> ImageStream:
+    """A data set for a mixture, see ``streams`` of :class:`ImageDataset`.
+
+    Args:
+        weight: one of proportion, repeat and choose, or nothing.
+    """
+    given = {name: value for name, value in weight.items() if value is not None}
     if is_remote(path):
-        return ImageDataset(remote=path, local=str(cache), **kwargs)
-    return ImageDataset(local=path, **kwargs)
+        return ImageStream(remote=path, local=str(cache), **given)
+    return ImageStream(local=path, **given)
 
 
-def train_loader(dataset: ImageDataset, batch_size: int, workers: int, prefetch: int) -> DataLoader:
-    """Batches {image: uint8 (B, 3, S, S), label: int64 (B,)} of ``batch_size`` a rank, with a resumable position."""
-    return StreamingDataLoader(dataset, drop_last=True, **_loader_options(batch_size, workers, prefetch))
+class Ledger:
+    """What a rank's loader has handed out: samples by stream, and the bad samples that others replaced.
+
+    Args:
+        max_bad: bad samples to tolerate.
+        streams: their names, for logging.
+
+    Attributes:
+        samples: drawn from each stream, by number.
+        bad: distinct faults, in the order in which they were met.
+    """
+
+    def __init__(self, max_bad: int = 0, streams: Sequence[str] = ()):
+        self.max_bad, self.streams = max_bad, streams
+        self.samples: Counter[int] = Counter()
+        self.bad: dict[str, None] = {}
+
+    def note(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Count a batch, and return it without what was for counting alone.
+
+        Raises:
+            UserError: more bad samples than ``max_bad``.
+        """
+        self.samples.update(batch.pop("stream"))
+        for fault in filter(None, batch.pop("fault")):
+            if fault not in self.bad:
+                self.bad[fault] = None
+                log.warning("bad sample, replaced by the next one: %s", fault)
+        self.check(len(self.bad))
+        return batch
+
+    def check(self, bad: int) -> None:
+        """Raise UserError when ``bad`` is too many."""
+        if bad > self.max_bad:
+            shown = "; ".join(list(self.bad)[:3])
+            raise UserError(
+                f"{bad} bad sample{'s' if bad > 1 else ''} where data.max_bad_samples allows {self.max_bad}: {shown}"
+            )
+
+
+class _TrainLoader(StreamingDataLoader):
+    ledger: Ledger
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.ledger.note, super().__iter__())
+
+
+class _EvalLoader(DataLoader):
+    ledger: Ledger
+
+    def __iter__(self) -> Any:
+        return map(self.ledger.note, super().__iter__())
+
+
+def train_loader(
+    dataset: ImageDataset, batch_size: int, workers: int, prefetch: int, ledger: Ledger | None = None
+) -> DataLoader:
+    """Batches {image: uint8 (B, 3, S, S), label: int64 (B,)} of ``batch_size`` a rank, with a resumable position.
+
+    The images are channels_last in memory, as the decoder writes them.
+
+    Args:
+        ledger: counts samples and bad samples; by default one that tolerates no bad sample.
+    """
+    dataset.replace_bad = True  # the ledger sees the faults, and stops the run when they are too many
+    dataset.batcher = Batcher(batch_size)
+    loader = _TrainLoader(dataset, drop_last=True, **_loader_options(batch_size, workers, prefetch, dataset.batcher))
+    loader.ledger = ledger or Ledger()
+    return loader
 
 
 def eval_loader(
-    dataset: ImageDataset, batch_size: int, workers: int, prefetch: int, limit: int | None, rank: int, world_size: int
+    dataset: ImageDataset,
+    batch_size: int,
+    workers: int,
+    prefetch: int,
+    limit: int | None,
+    rank: int,
+    world_size: int,
+    ledger: Ledger | None = None,
 ) -> DataLoader:
     """The images in order, each once, shared out over ranks (Composer drops the sampler's padding)."""
+    dataset.replace_bad = True
     images = IndexedImages(dataset, limit)
     sampler = DistributedSampler(images, num_replicas=world_size, rank=rank, shuffle=False)
-    return DataLoader(images, sampler=sampler, **_loader_options(batch_size, workers, prefetch))
+    loader = _EvalLoader(images, sampler=sampler, **_loader_options(batch_size, workers, prefetch, Batcher(batch_size)))
+    loader.ledger = ledger or Ledger()
+    return loader
 
 
-def _loader_options(batch_size: int, workers: int, prefetch: int) -> dict[str, Any]:
+class Batcher:
+    """Collates samples whose images it has written into the batch already: one copy an image, not two.
+
+    Images stay in the order (H, W, 3) in which the decoder writes them, which makes a batch channels_last.
+
+    Args:
+        size: of a batch.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.used = size, 0
+        self.buffer: Tensor | None = None
+
+    def place(self, image: Tensor) -> Tensor:
+        """An image (3, S, S) -> its copy in the next batch."""
+        if self.buffer is None or self.used == self.size:
+            self.buffer, self.used = _batch_memory((self.size, *image.shape[1:], 3)), 0
+        slot = self.buffer[self.used].permute(2, 0, 1)
+        self.used += 1
+        return slot.copy_(image)
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Samples -> {image: (B, 3, S, S), label: int64 (B,), stream, fault: lists}, and latent if they have one."""
+        batch = {
+            "label": torch.tensor([sample["label"] for sample in samples]),
+            "stream": [sample["stream"] for sample in samples],
+            "fault": [sample["fault"] for sample in samples],
+        }
+        if "latent" in samples[0]:
+            batch["latent"] = default_collate([sample["latent"] for sample in samples])
+        return {**({"image": self._images(samples)} if "image" in samples[0] else {}), **batch}
+
+    def _images(self, samples: list[dict[str, Any]]) -> Tensor:
+        images, buffer = [sample["image"] for sample in samples], self.buffer
+        self.buffer = None
+        if buffer is not None and [x.data_ptr() for x in images] == [x.data_ptr() for x in buffer[: len(images)]]:
+            return buffer[: len(images)].permute(0, 3, 1, 2)
+        return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def _batch_memory(shape: tuple[int, ...]) -> Tensor:
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # a worker hands it over without copying
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def _loader_options(batch_size: int, workers: int, prefetch: int, collate: Batcher) -> dict[str, Any]:
     return dict(
         batch_size=batch_size,
         num_workers=workers,
@@ -205,6 +588,7 @@ def _loader_options(batch_size: int, workers: int, prefetch: int) -> dict[str, A
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=start_worker,
+        collate_fn=collate,
         generator=torch.Generator().manual_seed(0),  # the global generator is the training step's alone
     )
 

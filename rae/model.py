@@ -67,6 +67,12 @@ class RAE(nn.Module):
         """Image -> encoder tokens (B, N, C), without noise."""
         return self.encoder(image)
 
+    def tokens_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """A batch's tokens (B, N, C), without noise: from its precomputed ``latent`` if it has one."""
+        if "latent" not in batch:
+            return self.clean_tokens(to_float(batch["image"]))
+        return batch["latent"].float().flatten(2).transpose(1, 2)
+
     def noised(self, tokens: Tensor) -> Tensor:
         """The tokens with latent noise in train mode, as they are otherwise."""
         return add_latent_noise(tokens, self.noise_tau, self.noise) if self.training else tokens
@@ -103,7 +109,8 @@ def _read_stats(path: str, encoder: Encoder) -> tuple[Tensor, Tensor]:
 class RAEModel(ComposerModel):
     """An :class:`RAE` for Composer's Trainer: reconstruction by a pixel loss; algorithms add the rest.
 
-    A batch is {image: uint8 (B, 3, H, W), label}. ``forward`` returns {recon, latent (clean), hidden}.
+    A batch is {image: uint8 (B, 3, H, W), label}, and may hold precomputed latents (B, C, h, w). ``forward`` returns
+    {recon, latent (clean), hidden}.
 
     Args:
         rae: the autoencoder.
@@ -119,7 +126,7 @@ class RAEModel(ComposerModel):
         self.eval_metrics = metrics or {}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        tokens = self.rae.clean_tokens(to_float(batch["image"]))
+        tokens = self.rae.tokens_of(batch)
         recon, hidden = self.rae.decode_with_hidden(self.rae.latent_of(self.rae.noised(tokens)))
         return {"recon": recon, "hidden": hidden, "latent": self.rae.latent_of(tokens)}
 

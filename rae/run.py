@@ -25,9 +25,20 @@ from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.ema import LIVE_SUFFIX
 from rae.callbacks.begin_step import BeginStep
 from rae.callbacks.checkpointer import Checkpointer
+from rae.callbacks.data_log import DataLog
 from rae.checkpoints import METRICS, without_code
-from rae.config import Config, check_data, is_remote, rank, save_config, to_yaml, world_size
-from rae.data import DataError, ImageDataset, eval_loader, eval_transform, open_dataset, train_loader, train_transform
+from rae.config import Config, EvalData, check_data, is_remote, rank, save_config, to_yaml, world_size
+from rae.data import (
+    DataError,
+    ImageDataset,
+    ImageStream,
+    Ledger,
+    eval_loader,
+    eval_transform,
+    open_stream,
+    train_loader,
+    train_transform,
+)
 from rae.decoder import Decoder, load_published
 from rae.model import RAE, RAEModel
 from rae.parallelism import check_sharding, parallelism, saves_sharded
@@ -148,8 +159,9 @@ def build_trainer(config: Config) -> Trainer:
         save_config(config, Path(config.run_dir) / "config.yaml")
     checkpointer = _checkpointer(config, arguments)
     checkpoint = _checkpoint(config, arguments, checkpointer)
-    evaluation = _open_eval(config)
-    loader = _train_loader(config)
+    evaluation = _open_eval(config, config.data.eval, "eval")
+    ledger = Ledger(config.data.max_bad_samples, list(config.data.train.streams))
+    loader = _train_loader(config, ledger)
     reproducibility.seed_all(config.seed)  # every rank starts from the same weights
     model = device.module_to_device(build_model(config))
     optimizer = build("optimizer", config.optimizer, "optimizer", params=_trained(model))
@@ -160,11 +172,11 @@ def build_trainer(config: Config) -> Trainer:
     if not arguments["progress_bar"]:
         loggers.setdefault("console", {})
     arguments.setdefault("auto_log_hparams", False)
-    callbacks = [BeginStep(config.seed), *_build_all("callback", config.callbacks, context)]
+    callbacks = [BeginStep(config.seed), DataLog(ledger), *_build_all("callback", config.callbacks, context)]
     passed = dict(
         model=model,
         train_dataloader=loader,
-        eval_dataloader=_evaluators(config, evaluation, algorithms),
+        eval_dataloader=_evaluators(config, evaluation, algorithms, Ledger(config.data.max_bad_samples)),
         optimizers=optimizer,
         schedulers=_schedule(config, optimizer, len(loader)),
         step_schedulers_every_batch=True,
@@ -280,77 +292,109 @@ def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def _open(path: str, cache: str, where: str, **arguments: Any) -> ImageDataset:
-    if is_remote(path) and rank() == 0:
-        RemoteFolder(path).check_readable("index.json", f"{where}.path")
+    return _opened({where: open_stream(path, cache)}, **arguments)
+
+
+def _opened(streams: dict[str, ImageStream], **arguments: Any) -> ImageDataset:
+    if rank() == 0:
+        for where, stream in streams.items():
+            if stream.remote:
+                RemoteFolder(stream.remote).check_readable("index.json", f"{where}.path")
     arguments.setdefault("download_retry", 8)  # pauses double: minutes without the store, not seconds
     try:
-        with _our_turn(cache if is_remote(path) else path):
-            return open_dataset(path, cache, **arguments)
+        with _our_turn([stream.local for stream in streams.values()]):
+            return ImageDataset(streams=list(streams.values()), **arguments)
     except (ValueError, OSError, RuntimeError) as error:
+        paths = ", ".join(f"{where}.path {stream.remote or stream.local!r}" for where, stream in streams.items())
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{where}.path: cannot open {path!r}: {reason}") from error
+        raise UserError(f"cannot open {paths}: {reason}") from error
 
 
 @contextmanager
-def _our_turn(folder: str) -> Iterator[None]:
+def _our_turn(folders: list[str]) -> Iterator[None]:
     # Streaming numbers its shared memory by what it finds: two runs that start at once would take the same number.
     with one_at_a_time("streaming") if dist.get_local_rank() == 0 else nullcontext():
         if dist.get_local_rank() == 0:
-            remove_dead_segments([folder])
+            remove_dead_segments(folders)
         dist.barrier()
         yield
         dist.barrier()
 
 
-def _train_loader(config: Config) -> Any:
+def _train_loader(config: Config, ledger: Ledger) -> Any:
     data, source, batch_size = config.data, config.data.train, config.data.batch_size // world_size()
-    dataset = _open(
-        source.path,
-        source.cache or f"{config.run_dir}/cache/train",
-        "data.train",
+    if source.path is not None:
+        streams = {"data.train": open_stream(source.path, source.cache or f"{config.run_dir}/cache/train")}
+    else:
+        streams = {
+            f"data.train.streams.{name}": open_stream(
+                stream.path,
+                stream.cache or f"{config.run_dir}/cache/{name}",
+                **stream.model_dump(include={"proportion", "repeat", "choose"}),
+            )
+            for name, stream in source.streams.items()
+        }
+    dataset = _opened(
+        streams,
         transform=train_transform(data.image_size, source.resize, source.flip),
         seed=config.seed,
+        verify=data.verify,
         shuffle=source.shuffle,
         batch_size=batch_size,
         num_canonical_nodes=data.num_canonical_nodes,
         **data.streaming,
     )
-    loader = train_loader(dataset, batch_size, data.workers, data.prefetch)
+    if any("image" not in shard.column_names for shard in dataset.shards):
+        raise UserError(
+            "data.train: it holds latents without images; convert/latents_to_mds.py stores both --with-images"
+        )
+    loader = train_loader(dataset, batch_size, data.workers, data.prefetch, ledger)
     if len(loader) == 0:
-        raise UserError(f"data.train.path: {dataset.size} images are fewer than one batch of {data.batch_size}")
+        raise UserError(f"data.train: {dataset.size} images are fewer than one batch of {data.batch_size}")
     return loader
 
 
-def _open_eval(config: Config) -> ImageDataset | None:
-    source = config.data.eval
+def _open_eval(config: Config, source: EvalData | None, name: str) -> ImageDataset | None:
     if source is None:
         return None
-    cache = source.cache or f"{config.run_dir}/cache/eval"
-    transform = eval_transform(config.data.image_size)
-    return _open(source.path, cache, "data.eval", transform=transform, seed=config.seed, **config.data.streaming)
+    return _open(
+        source.path,
+        source.cache or f"{config.run_dir}/cache/{name}",
+        "data.eval" if name == "eval" else f"data.evals.{name}",
+        transform=eval_transform(config.data.image_size),
+        seed=config.seed,
+        verify=config.data.verify,
+        **config.data.streaming,
+    )
 
 
 def _build_all(kind: str, entries: dict[str, Any], context: dict[str, Any]) -> list[Any]:
     return [build(kind, {name: arguments}, f"{kind}s", **context) for name, arguments in entries.items()]
 
 
-def _evaluators(config: Config, images: ImageDataset | None, algorithms: Iterable[Any]) -> list[Evaluator] | None:
-    if images is None or not config.metrics:
-        return None
+def _evaluators(
+    config: Config, images: ImageDataset | None, algorithms: Iterable[Any], ledger: Ledger
+) -> list[Evaluator] | None:
     data, source = config.data, config.data.eval
-    assert source is not None
-    labels = ["eval"]
-    if any(getattr(algorithm, "evaluate", None) == "both" for algorithm in algorithms):
-        labels.append("eval" + LIVE_SUFFIX)
+    if images is None or source is None or not config.metrics:
+        return None
+    live = any(getattr(algorithm, "evaluate", None) == "both" for algorithm in algorithms)
     batch_size = (data.eval_batch_size or data.batch_size) // world_size()
-    return [
-        Evaluator(
-            label=label,
-            dataloader=eval_loader(images, batch_size, data.workers, data.prefetch, source.limit, rank(), world_size()),
-            metric_names=list(config.metrics),
-        )
-        for label in labels
-    ]
+    evaluators = []
+    for name, each in {"eval": source, **data.evals}.items():
+        opened = images if name == "eval" else _open_eval(config, each, name)
+        assert opened is not None
+        evaluators += [
+            Evaluator(
+                label=label,
+                dataloader=eval_loader(
+                    opened, batch_size, data.workers, data.prefetch, each.limit, rank(), world_size(), ledger
+                ),
+                metric_names=each.metrics or list(config.metrics),
+            )
+            for label in (name, name + LIVE_SUFFIX)[: 1 + live]
+        ]
+    return evaluators
 
 
 def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:

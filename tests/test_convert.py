@@ -3,22 +3,25 @@
 import contextlib
 import io
 import json
+import os
 import runpy
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from streaming import StreamingDataset
+from streaming import MDSWriter, StreamingDataset
 
 from tests.conftest import ROOT, write_images
 
-FOLDER, HF = "convert/imagefolder_to_mds.py", "convert/hf_to_mds.py"
+FOLDER, HF, VERIFY = "convert/imagefolder_to_mds.py", "convert/hf_to_mds.py", "convert/verify_mds.py"
 
 
 def convert(script, *arguments, check=True):
@@ -80,7 +83,7 @@ def test_order_is_shuffled_but_fixed_and_can_be_kept(images, tmp_path):
     assert sorted(order["a"]) == order["kept"]
 
 
-def test_resize_shrinks_the_short_side_and_encodes(tmp_path):
+def test_resize_brings_the_short_side_to_a_size_and_encodes(tmp_path):
     root = tmp_path / "images/c"
     root.mkdir(parents=True)
     array = np.random.default_rng(0).integers(0, 256, (90, 200, 3), dtype=np.uint8)
@@ -96,7 +99,7 @@ def test_resize_shrinks_the_short_side_and_encodes(tmp_path):
         sizes[sample["path"]] = (stored.size, stored.format, stored.mode)
     assert sizes["c/wide.png"] == ((100, 45), "JPEG", "RGB")
     assert sizes["c/grey.png"] == ((100, 45), "JPEG", "RGB")
-    assert sizes["c/small.jpg"] == ((40, 30), "JPEG", "RGB")
+    assert sizes["c/small.jpg"] == ((60, 45), "JPEG", "RGB")
 
 
 def test_unreadable_images_are_named_and_limited(images, tmp_path):
@@ -109,7 +112,6 @@ def test_unreadable_images_are_named_and_limited(images, tmp_path):
     assert "dogs/cut.jpg" in refused.stderr
     assert "dogs/empty.png" in refused.stderr
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob("*.partial"))
     done = convert(FOLDER, images, tmp_path / "out", "--max-skipped=2")
     assert "left out 2 unreadable" in done.stdout
     skipped = json.loads((tmp_path / "out/dataset.json").read_text())["skipped"]
@@ -136,31 +138,148 @@ def test_overwriting_spares_what_is_no_data_set(images):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(tmp_path, stop):
+def test_an_interrupted_conversion_goes_on_where_complete_shards_end(tmp_path, stop):
     root = tmp_path / "images/c"
-    write_images(root, 1, size=2000)
-    for i in range(300):
+    write_images(root, 1, size=600)
+    for i in range(159):
         (root / f"copy{i}.png").hardlink_to(root / "000.png")
-    command = [
-        sys.executable,
-        FOLDER,
-        str(tmp_path / "images"),
-        str(tmp_path / "out"),
-        "--workers=1",
-        "--shard-size=1mb",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [FOLDER, str(tmp_path / "images"), str(tmp_path / "out"), "--workers=1"]
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     staging = tmp_path / "out.partial"
-    while process.poll() is None and not list(staging.glob("*.mds")):
-        time.sleep(0.05)
+    while process.poll() is None and len(list(staging.glob("conversion/0*.json"))) < 3:
+        time.sleep(0.02)
     process.send_signal(stop)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == (130 if stop == signal.SIGINT else -stop)
     assert not (tmp_path / "out").exists()
     assert not (staging / "index.json").exists()
     if stop == signal.SIGINT:
-        assert stderr.splitlines()[-1] == "interrupted: the data set is not finished"
-        assert not staging.exists()
+        assert stderr.splitlines()[-1] == "interrupted: the same command goes on where complete shards end"
+    refused = convert(*command, "--resize=20", check=False)
+    assert "unfinished conversion of other images or with other options" in refused.stderr
+    done = sorted(path.stem for path in staging.glob("conversion/0*.json"))
+    written = {path.name: path.stat().st_mtime_ns for path in staging.glob("*.mds") if path.name[7:11] in done[0][1:5]}
+    convert(*command)
+    assert len(read(tmp_path / "out")) == 160
+    assert not staging.exists()
+    others = {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".mds"}
+    assert others == {"dataset.json", "index.json"}
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == when for name, when in written.items())
+    convert(FOLDER, tmp_path / "images", tmp_path / "fresh", "--workers=2")
+    hashes = [json.loads((tmp_path / out / "dataset.json").read_text())["content_hash"] for out in ("out", "fresh")]
+    assert hashes[0] == hashes[1]
+
+
+def test_val_fraction_and_given_splits(images, tmp_path):
+    convert(FOLDER, images, tmp_path / "random", "--val-fraction=0.3")
+    train, val = ({s["path"] for s in read(tmp_path / f"random/{name}")} for name in ("train", "val"))
+    assert (len(train), len(val)) == (7, 3)
+    assert not train & val
+    (tmp_path / "given").mkdir()
+    (images / "cats").rename(tmp_path / "given/train")
+    (images / "dogs").rename(tmp_path / "given/val")
+    convert(FOLDER, tmp_path / "given", tmp_path / "split", "--splits=train,val")
+    summaries = [json.loads((tmp_path / f"split/{name}/dataset.json").read_text()) for name in ("train", "val")]
+    assert [s["classes"] for s in summaries] == [[".", "big"]] * 2
+    assert [s["counts"] for s in summaries] == [[0, 3], [6, 0]]
+
+
+def test_hashes_compression_and_shard_size_are_configurable(images, tmp_path):
+    convert(FOLDER, images, tmp_path / "out", "--hashes=xxh64,sha1", "--compression=zstd", "--shard-size=8kb")
+    index = json.loads((tmp_path / "out/index.json").read_text())["shards"]
+    assert len(index) > 2
+    assert {tuple(sorted(shard["zip_data"]["hashes"])) for shard in index} == {("sha1", "xxh64")}
+    assert all(shard["zip_data"]["basename"].endswith(".mds.zstd") for shard in index)
+    assert convert(VERIFY, tmp_path / "out").stdout.endswith("10 samples are sound, 0 faults\n")
+    assert len(read(tmp_path / "out")) == 10
+
+
+def test_a_class_folder_without_images_is_named(images, tmp_path):
+    (images / "birds").mkdir()
+    refused = convert(FOLDER, images, tmp_path / "out", check=False)
+    assert "1 folder below" in refused.stderr
+    assert "birds" in refused.stderr
+    convert(FOLDER, images, tmp_path / "out", "--skip-empty-classes")
+    assert "birds" not in json.loads((tmp_path / "out/dataset.json").read_text())["classes"]
+
+
+def test_names_in_any_script_even_bytes_that_are_no_text(tmp_path):
+    folder = os.fsencode(write_images(tmp_path / "images/日本 русский", 1))
+    odd = os.path.join(folder, b"caf\xe9.png")
+    with open(odd, "wb") as copy:
+        copy.write(Path(os.fsdecode(folder), "000.png").read_bytes())
+    convert(FOLDER, tmp_path / "images", tmp_path / "out")
+    assert {s["path"] for s in read(tmp_path / "out")} == {"日本 русский/000.png", "日本 русский/caf\\xe9.png"}
+
+
+def bomb() -> bytes:
+    """A small PNG file that says it holds 30,000 × 30,000 pixels."""
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(10**5))), (b"IEND", b"")]
+    framed = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def test_bombs_and_strips_are_left_out_with_a_reason(images, tmp_path):
+    (images / "dogs/bomb.png").write_bytes(bomb())
+    Image.new("RGB", (60000, 1)).save(images / "dogs/strip.png")
+    convert(FOLDER, images, tmp_path / "out", "--resize=384", "--max-skipped=2")
+    reasons = {s["path"]: s["reason"] for s in json.loads((tmp_path / "out/dataset.json").read_text())["skipped"]}
+    assert "900000000 pixels" in reasons["dogs/bomb.png"]
+    assert "too narrow" in reasons["dogs/strip.png"]
+
+
+def test_a_full_disk_is_one_line_and_no_loss(images, tmp_path):
+    """A limit on the size of files makes writing fail where a full disk would."""
+    limited = f"ulimit -f 8; exec {sys.executable} {FOLDER} {images} {tmp_path}/out --workers=1 --shard-size=16kb"
+    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("error: [Errno 27] File too large")
+    assert ".mds" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    convert(FOLDER, images, tmp_path / "out", "--shard-size=16kb")
+    assert len(read(tmp_path / "out")) == 10
+
+
+def test_verify_says_exactly_what_is_wrong(images, tmp_path):
+    out = tmp_path / "out"
+    convert(FOLDER, images, out, "--keep-order")
+    shards = sorted(out.glob("*.mds"))
+    assert len(shards) == 10  # one image each: there are at least 16 parts where there are that many images
+    flipped = bytearray(shards[1].read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    shards[1].write_bytes(flipped)
+    shards[2].write_bytes(shards[2].read_bytes()[:-1])
+    shards[3].unlink()
+    found = convert(VERIFY, out, check=False)
+    assert found.returncode == 1
+    first, second, third, last = found.stdout.splitlines()
+    assert first == f"{shards[1]} is damaged: its xxh64 hash is not that of index.json"
+    assert second.startswith(f"{shards[2]} is damaged: it has ")
+    assert third == f"{shards[3]} is listed in index.json but absent"
+    assert last == f"{out}: 7 samples are sound, 3 faults"
+
+
+def test_verify_decodes_every_image_and_compares_the_marker(images, tmp_path):
+    out = tmp_path / "out"
+    with MDSWriter(out=str(out), columns={"image": "bytes", "path": "str"}, hashes=["xxh64"]) as writer:
+        writer.write({"image": (images / "dogs/000.png").read_bytes(), "path": "whole.png"})
+        writer.write({"image": b"no image", "path": "broken.png"})
+    (out / "dataset.json").write_text(json.dumps({"images": 3, "content_hash": "0"}))
+    found = convert(VERIFY, out, check=False)
+    assert found.returncode == 1
+    assert "shard.00000.mds: number 1 (broken.png) does not decode" in found.stdout
+    assert "index.json is not that of dataset.json: it lists 2 images" in found.stdout
+    for content in ("{", '{"version": 2}', '{"version": 2, "shards": [{"format": "mds"}]}'):
+        (out / "index.json").write_text(content)
+        refused = convert(VERIFY, out, check=False)
+        assert refused.returncode == 2
+        assert f"{out}/index.json is damaged" in refused.stderr
+    (out / "index.json").unlink()
+    assert "no finished MDS data set" in convert(VERIFY, out, check=False).stderr
 
 
 @pytest.mark.parametrize(
@@ -202,6 +321,8 @@ def test_hugging_face_split_to_shards(saved, images, tmp_path):
     assert [s["label"] for s in samples] == [0, 1, 0, 1]
     assert samples[2]["image"] == (images / "dogs/002.png").read_bytes()
     assert json.loads((tmp_path / "out/dataset.json").read_text())["classes"] == ["x", "y"]
+    convert(HF, saved, tmp_path / "parts", "--split=train", "--val-fraction=0.25")
+    assert [len(read(tmp_path / "parts" / name)) for name in ("train", "val")] == [3, 1]
     convert(HF, tmp_path / "single", tmp_path / "single-out")
     assert len(read(tmp_path / "single-out")) == 2
 

@@ -1,6 +1,7 @@
 """Decoding, transforms, and what a batch is made of."""
 
 import io
+from random import Random
 
 import numpy as np
 import pytest
@@ -71,20 +72,33 @@ def test_transparency_and_animation():
 
 def test_train_transform_is_the_references_resize_and_crop():
     """Against Pillow's bicubic resize of the short side and a crop at the same place."""
-    image = train_transform(64, 96)(encode(PHOTO), np.random.default_rng(3))
+    image = train_transform(64, 96)(encode(PHOTO), Random(3))
     resized = PHOTO.resize((128, 96), Image.Resampling.BICUBIC)
-    draw = np.random.default_rng(3)
-    top, left = int(draw.integers(0, 96 - 64 + 1)), int(draw.integers(0, 128 - 64 + 1))
+    draw = Random(3)
+    top, left = draw.randrange(96 - 64 + 1), draw.randrange(128 - 64 + 1)
     expected = as_tensor(resized.crop((left, top, left + 64, top + 64)))
     assert (image.float() - expected.float()).abs().mean() < 1
 
 
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (1200, 900), (320, 240)])
+def test_jpeg_photographs_are_within_a_grey_level_of_the_references(size):
+    """Train and eval transforms of a JPEG against Pillow's decoder, bicubic resize, box filter and crops."""
+    stored = encode(COARSE.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=90)
+    photo = Image.open(io.BytesIO(stored)).convert("RGB")
+    width, height = (int(384 * side / min(size)) for side in size)
+    draw = Random(5)
+    top, left = draw.randrange(height - 256 + 1), draw.randrange(width - 256 + 1)
+    resized = photo.resize((width, height), Image.Resampling.BICUBIC)
+    expected = as_tensor(resized.crop((left, top, left + 256, top + 256)))
+    assert (train_transform(256)(stored, Random(5)).float() - expected.float()).abs().mean() < 1
+    centre = as_tensor(center_crop(photo, 256))
+    assert (eval_transform(256)(stored, Random(5)).float() - centre.float()).abs().mean() < 1
+
+
 def test_crops_cover_the_image_and_flips_are_optional():
     stored = encode(PHOTO.resize((12, 8)))
-    assert len({train_transform(8, 8)(stored, np.random.default_rng(i)).numpy().tobytes() for i in range(50)}) == 5
-    assert (
-        len({train_transform(8, 8, True)(stored, np.random.default_rng(i)).numpy().tobytes() for i in range(80)}) == 10
-    )
+    assert len({train_transform(8, 8)(stored, Random(i)).numpy().tobytes() for i in range(50)}) == 5
+    assert len({train_transform(8, 8, True)(stored, Random(i)).numpy().tobytes() for i in range(80)}) == 10
 
 
 @pytest.mark.parametrize("size", [(240, 180), (64, 64), (65, 301), (500, 129), (40, 30)])

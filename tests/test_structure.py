@@ -10,11 +10,12 @@ GROUPS = [
     {"layers", "backbones", "optimizers"},
     {"encoders", "decoder", "discriminator", "losses", "data", "metrics"},
     {"shards", "checkpoints"},
+    {"latents"},
     {"model"},
     {"algorithms", "callbacks"},
     {"parallelism", "resume"},
     {"run", "curves"},
-    {"demo", "bench"},
+    {"demo", "bench", "bench_data"},
 ]
 KNOWS_COMPOSER = {"model", "algorithms", "callbacks", "parallelism", "resume", "run", "bench"}
 

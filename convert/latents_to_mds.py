@@ -1,0 +1,48 @@
+"""Run a configuration's frozen encoder over its data once, and store the latents as MDS shards with their statistics.
+
+Several ranks share the work: composer -n 8 convert/latents_to_mds.py yamls/rae_dino.yaml OUT
+"""
+
+import argparse
+import os
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from rae.config import load_config, rank, world_size
+from rae.latents import DTYPES, write_latents
+from rae.registry import UserError, import_plugins
+from rae.shards import Options, report, run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="YAML file of a run: its encoder, image_size and data paths are used")
+    parser.add_argument("out", help="where the shards go: a local folder, or s3://bucket/folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key of the YAML")
+    parser.add_argument("--split", choices=("train", "eval"), default="train", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of latents (default: %(default)s)")
+    parser.add_argument("--with-images", action="store_true", help="store the crops too, to train a decoder from them")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a forward pass (default: %(default)s)")
+    parser.add_argument("--shard-size", default="64mb", help="largest shard (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing or unfinished data set")
+    arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {arguments.batch_size}")
+    config = load_config(arguments.config, arguments.overrides)
+    import_plugins(config.imports)
+    options = replace(Options(arguments.out, shard_size=arguments.shard_size), overwrite=arguments.overwrite)
+    if world_size() > 1:
+        dist.init_process_group("gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    summary = write_latents(
+        config, options, arguments.split, arguments.dtype, arguments.with_images, arguments.batch_size
+    )
+    if rank() == 0:
+        report(summary, arguments.out)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,25 @@
+"""Check a finished data set: every shard against its hashes, and that every image decodes."""
+
+import argparse
+import sys
+
+from rae.registry import UserError
+from rae.shards import Options, run_command, verify
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, epilog="Exit code 0: all is sound; 1: there is damage.")
+    parser.add_argument("data", help="MDS data set: a local folder, or s3://bucket/folder")
+    parser.add_argument("--workers", type=int, default=Options.workers, help="processes (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.workers < 1:
+        raise UserError(f"--workers must be at least 1, not {arguments.workers}")
+    sound, faults = verify(arguments.data, arguments.workers)
+    for fault in faults:
+        print(fault)
+    print(f"{arguments.data}: {sound:,} samples are sound, {len(faults):,} fault{'s' * (len(faults) != 1)}")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,297 @@
+"""Speed, size and memory of data loading and conversion, beside what else is used: ``python -m rae.bench_data``.
+
+Everything reads the same photographs, about 500 × 375 as ImageNet's are. Loading is measured in one process, per second
+of processor time, so that other work on the machine counts little, and the ways of loading take turns, so that a
+machine that slows down slows all of them. Figures are medians over the turns.
+"""
+
+import argparse
+import concurrent.futures
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from rae.data import open_dataset, train_loader, train_transform
+from rae.demo import photographs
+from rae.shards import Options, encode
+
+SIZE, SHORT, BATCH = 256, 384, 32
+REFERENCE = "ImageFolder + Pillow"
+
+
+def make_photographs(root: Path, count: int, seed: int = 0) -> None:
+    """Write ``count`` crops of photographs as ``root/<photograph>/…jpg``, 500 × 375, JPEG quality 90."""
+    rng = np.random.default_rng(seed)
+    photos = sorted(photographs().items())
+    for i in range(count):
+        name, photo = photos[i % len(photos)]
+        widest = min(photo.width, photo.height * 4 // 3)
+        width = int(rng.integers(min(500, widest), widest + 1))
+        height = width * 3 // 4
+        x, y = int(rng.integers(0, photo.width - width + 1)), int(rng.integers(0, photo.height - height + 1))
+        crop = photo.crop((x, y, x + width, y + height)).resize((500, 375), Image.Resampling.BICUBIC)
+        (root / name).mkdir(parents=True, exist_ok=True)
+        crop.save(root / name / f"{i:05d}.jpg", quality=90)
+
+
+def reference_transform() -> Callable[[Image.Image], torch.Tensor]:
+    """Pillow's bicubic resize of the short side, a random crop, and a float tensor."""
+    resize = transforms.Resize(SHORT, interpolation=transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([resize, transforms.RandomCrop(SIZE), transforms.ToTensor()])
+
+
+def image_folder(folder: Path) -> DataLoader:
+    return DataLoader(ImageFolder(str(folder / "images"), reference_transform()), BATCH, shuffle=True)
+
+
+def ours(name: str) -> Callable[[Path], DataLoader]:
+    """Our loader on ``resized`` or ``original`` shards."""
+
+    def build(folder: Path) -> DataLoader:
+        dataset = open_dataset(
+            str(folder / name), "", transform=train_transform(SIZE, SHORT), seed=0, shuffle=True, batch_size=BATCH
+        )
+        return train_loader(dataset, BATCH, 0, 2)
+
+    return build
+
+
+def hugging_face(folder: Path) -> DataLoader:
+    import datasets
+
+    transform = reference_transform()
+    data = datasets.load_from_disk(str(folder / "hf"))
+    data.set_transform(lambda rows: {"image": [transform(image.convert("RGB")) for image in rows["image"]]})
+    return DataLoader(data, BATCH, shuffle=True)
+
+
+def write_hugging_face(folder: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    files = [str(path) for path in (folder / "images").rglob("*.jpg")]
+    data = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+    data.map(lambda row: row, features=data.features).save_to_disk(folder / "hf")
+
+
+def webdataset(folder: Path) -> Iterable[Any]:
+    import webdataset as wds
+
+    transform = reference_transform()
+    data = wds.WebDataset(str(folder / "wds/000000.tar"), shardshuffle=False, empty_check=False).shuffle(100)
+    return DataLoader(data.decode("pilrgb").to_tuple("jpg", "cls").map_tuple(transform), BATCH)
+
+
+def write_webdataset(folder: Path) -> None:
+    import webdataset as wds
+
+    (folder / "wds").mkdir()
+    with wds.TarWriter(str(folder / "wds/000000.tar")) as writer:
+        for i, path in enumerate((folder / "images").rglob("*.jpg")):
+            writer.write({"__key__": f"{i:06d}", "jpg": path.read_bytes(), "cls": 0})
+
+
+def litdata(folder: Path) -> Iterable[Any]:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    transform = reference_transform()
+
+    class Images(StreamingDataset):
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            return transform(Image.open(io.BytesIO(super().__getitem__(index))).convert("RGB"))
+
+    return StreamingDataLoader(Images(str(folder / "lit"), shuffle=True), batch_size=BATCH, num_workers=0)
+
+
+def write_litdata(folder: Path) -> None:
+    from litdata.streaming.writer import BinaryWriter
+
+    (folder / "lit").mkdir()
+    writer = BinaryWriter(str(folder / "lit"), chunk_bytes="64MB")
+    for i, path in enumerate((folder / "images").rglob("*.jpg")):
+        writer[i] = path.read_bytes()
+    writer.done()
+    writer.merge()
+
+
+def write_shards(name: str, *options: str) -> Callable[[Path], None]:
+    """Our conversion command."""
+
+    def write(folder: Path) -> None:
+        command = [
+            sys.executable,
+            "convert/imagefolder_to_mds.py",
+            str(folder / "images"),
+            str(folder / name),
+            *options,
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    return write
+
+
+# name -> (its folder, how it is written, how it is loaded, the package that it needs)
+WAYS: dict[str, tuple[str, Callable[[Path], Any] | None, Callable[[Path], Iterable[Any]], str]] = {
+    "rae, resized shards": ("resized", write_shards("resized", f"--resize={SHORT}"), ours("resized"), "rae"),
+    "rae, original shards": ("original", write_shards("original"), ours("original"), "rae"),
+    REFERENCE: ("images", None, image_folder, "torchvision"),
+    "datasets + Pillow": ("hf", write_hugging_face, hugging_face, "datasets"),
+    "webdataset + Pillow": ("wds", write_webdataset, webdataset, "webdataset"),
+    "litdata + Pillow": ("lit", write_litdata, litdata, "litdata"),
+}
+
+
+def _bare(folder: Path) -> Callable[[], float]:
+    data = list(_stored(folder))
+
+    def decode_all() -> float:
+        began = time.process_time()
+        for buffer in data:
+            decode_jpeg(buffer, mode=ImageReadMode.RGB)
+        return len(data) / (time.process_time() - began)
+
+    return decode_all
+
+
+def _stored(folder: Path) -> Iterator[torch.Tensor]:
+    images = open_dataset(str(folder), "", transform=train_transform(SIZE, SHORT), seed=0)
+    for i in range(images.size):
+        shard, place = images.spanner[i]
+        yield torch.frombuffer(bytearray(images.shards[shard][place]["image"]), dtype=torch.uint8)
+
+
+def _epoch(loader: Iterable[Any]) -> float:
+    began, seen = time.process_time(), 0
+    for batch in loader:
+        image = batch["image"] if isinstance(batch, dict) else batch[0] if isinstance(batch, (list, tuple)) else batch
+        seen += len(image)
+    return seen / (time.process_time() - began)
+
+
+def peak_memory(way: str, folder: Path) -> float:
+    """MB that a process of its own takes at most to load an epoch; its imports are the greater part."""
+    code = (  # Linux's own high-water mark: what getrusage says includes the process that started this one
+        "from pathlib import Path; from rae.bench_data import WAYS, _epoch, torch; torch.set_num_threads(1);"
+        f"_epoch(WAYS[{way!r}][2](Path({str(folder)!r})));"
+        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) / 1024
+
+
+def _encode_all(arguments: tuple[list[str], Options]) -> int:
+    torch.set_num_threads(1)
+    return sum(bool(encode(Path(path).read_bytes(), arguments[1])) for path in arguments[0])
+
+
+def codec_rate(folder: Path, processes: int) -> float:
+    """Images/s of decoding, resizing and encoding alone, in so many processes."""
+    paths = [str(path) for path in (folder / "images").rglob("*.jpg")]
+    parts = [(paths[i::processes], Options("", resize=SHORT)) for i in range(processes)]
+    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        list(pool.map(_encode_all, [([], parts[0][1])] * processes))  # the processes have started
+        began = time.perf_counter()
+        return sum(pool.map(_encode_all, parts)) / (time.perf_counter() - began)
+
+
+def conversion_rate(folder: Path, workers: int) -> float:
+    """Images/s that the conversion command reports."""
+    write_shards("rate", f"--resize={SHORT}", f"--workers={workers}", "--overwrite")(folder)
+    summary = json.loads((folder / "rate/dataset.json").read_text())
+    return summary["images"] / summary["seconds"]
+
+
+def bench(folder: Path, count: int, turns: int) -> dict[str, Any]:
+    """Make the data and measure; returns every figure."""
+    make_photographs(folder / "images", count)
+    ways = {name: way for name, way in WAYS.items() if importlib.util.find_spec(way[3])}
+    rows: dict[str, dict[str, Any]] = {name: {} for name in ways}
+    for name, (place, write, _, _) in ways.items():
+        began = time.perf_counter()
+        if write is not None:
+            write(folder)
+        rows[name]["convert_s"] = time.perf_counter() - began if write else 0.0
+        rows[name]["mb"] = sum(p.stat().st_size for p in (folder / place).rglob("*") if p.is_file()) / 1e6
+    torch.set_num_threads(1)
+    loaders = {name: way[2](folder) for name, way in ways.items()}
+    bare = {name: _bare(folder / ways[name][0]) for name in ways if name.startswith("rae")}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    shares: dict[str, list[float]] = {name: [] for name in bare}
+    for turn in range(turns + 1):
+        for name, loader in loaders.items():
+            before = bare[name]() if name in bare else 0.0
+            speed = _epoch(loader)
+            if turn:  # the first warms the page cache
+                speeds[name].append(speed)
+            if turn and name in bare:
+                shares[name].append(speed / ((before + bare[name]()) / 2))
+    for name in ways:
+        rows[name]["images_s"] = statistics.median(speeds[name])
+        rows[name]["share"] = statistics.median(shares[name]) if name in bare else None
+        rows[name]["peak_mb"] = peak_memory(name, folder)
+    workers = sorted({1, min(2, os.cpu_count() or 1)})
+    rates = [{w: (conversion_rate(folder, w), codec_rate(folder, w)) for w in workers} for _ in range(turns)]
+    conversion = {w: [statistics.median(rate[w][i] for rate in rates) for i in (0, 1)] for w in workers}
+    return {"loading": rows, "conversion": conversion}
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures as tables."""
+    console, rows = Console(width=100), figures["loading"]
+    table = Table("", "images/s", "× reference", "of bare decode", "MB on disk", "peak MB", title="loading, one core")
+    for name, row in rows.items():
+        times, share = row["images_s"] / rows[REFERENCE]["images_s"], row["share"]
+        table.add_row(
+            name,
+            f"{row['images_s']:,.0f}",
+            f"{times:.2f}",
+            f"{share:.2f}" if share else "",
+            f"{row['mb']:.1f}",
+            f"{row['peak_mb']:.0f}",
+        )
+    console.print(table)
+    table = Table("processes", "images/s", "codec alone", "of codec", title=f"conversion with --resize {SHORT}")
+    for workers, (rate, codec) in figures["conversion"].items():
+        table.add_row(str(workers), f"{rate:,.0f}", f"{codec:,.0f}", f"{rate / codec:.2f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=800, help="photographs (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="rae-bench-"))
+    try:
+        figures = bench(folder, arguments.images, arguments.turns)
+    finally:
+        shutil.rmtree(folder)
+    show(figures)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

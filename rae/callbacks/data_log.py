@@ -1,0 +1,34 @@
+"""What was drawn from the data: samples of each stream, and bad samples that others replaced."""
+
+import torch
+from composer import Callback, Logger, State
+from composer.utils import dist
+
+from rae.data import Ledger
+
+
+class DataLog(Callback):
+    """Log, at every epoch's end, samples drawn in it from each stream, and bad samples so far, of all ranks. Always on.
+
+    An epoch that was resumed is counted from where it was resumed.
+
+    Args:
+        ledger: the training loader's.
+    """
+
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.ledger.samples.clear()
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        ledger = self.ledger
+        drawn = [ledger.samples[number] for number in range(len(ledger.streams))]
+        counts = state.device.tensor_to_device(torch.tensor([*drawn, len(ledger.bad)]))
+        dist.all_reduce(counts)
+        *drawn, bad = counts.tolist()
+        figures = {f"data/samples/{name}": count for name, count in zip(ledger.streams, drawn, strict=True)}
+        logger.log_metrics({**figures, "data/bad_samples": bad})
+        ledger.samples.clear()
+        ledger.check(bad)

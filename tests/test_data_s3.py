@@ -1,0 +1,87 @@
+"""Conversion from and to a bucket, verification there, and streaming from it, on a real S3 server."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rae.data import open_dataset, train_loader, train_transform
+from tests.conftest import write_images
+from tests.s3 import BUCKET
+from tests.test_convert import FOLDER, VERIFY, convert
+
+
+@pytest.fixture(scope="module")
+def client(s3):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.env().items():
+            patch.setenv(name, value)
+        yield s3.client()
+
+
+@pytest.fixture(scope="module")
+def converted(client, tmp_path_factory) -> tuple[Path, str]:
+    """A folder of 24 images in a bucket, converted into the bucket; the same images as local files."""
+    root = tmp_path_factory.mktemp("source") / "images"
+    write_images(root / "cats", 12, seed=1)
+    write_images(root / "犬", 12, seed=2)
+    for path in root.rglob("*.png"):
+        client.upload_file(str(path), BUCKET, f"raw/{path.relative_to(root)}")
+    convert(FOLDER, f"s3://{BUCKET}/raw", f"s3://{BUCKET}/shards", "--workers=2")
+    return root, f"s3://{BUCKET}/shards"
+
+
+def test_a_folder_in_a_bucket_becomes_the_same_shards(converted, client, tmp_path):
+    root, url = converted
+    convert(FOLDER, root, tmp_path / "local")
+    local = json.loads((tmp_path / "local/dataset.json").read_text())
+    remote = json.loads(client.get_object(Bucket=BUCKET, Key="shards/dataset.json")["Body"].read())
+    assert remote["classes"] == ["cats", "犬"]
+    assert remote["content_hash"] == local["content_hash"]
+    refused = convert(FOLDER, root, url, check=False)
+    assert (
+        refused.stderr == f"error: {url} already holds a data set; give another place, or --overwrite to replace it\n"
+    )
+    missing = convert(FOLDER, f"s3://{BUCKET}/nothing", tmp_path / "none", check=False)
+    assert "there are no images below" in missing.stderr
+    assert "cannot list s3://no-such-bucket" in convert(FOLDER, "s3://no-such-bucket/x", "out", check=False).stderr
+
+
+def test_an_interrupted_conversion_into_a_bucket_goes_on(converted, client):
+    """What is there of it: a plan, and all parts but one."""
+    root, _ = converted
+    convert(FOLDER, root, f"s3://{BUCKET}/again")
+    for name in ("index.json", "dataset.json", "shard.00005.mds", "conversion/000005.json"):
+        client.delete_object(Bucket=BUCKET, Key=f"again/{name}")
+    shard = client.get_object(Bucket=BUCKET, Key="again/shard.00004.mds")["Body"].read()
+    client.put_object(Bucket=BUCKET, Key="again/shard.00004.mds", Body=b"as it was left")
+    convert(FOLDER, root, f"s3://{BUCKET}/again")
+    assert client.get_object(Bucket=BUCKET, Key="again/shard.00004.mds")["Body"].read() == b"as it was left"
+    client.put_object(Bucket=BUCKET, Key="again/shard.00004.mds", Body=shard)
+    assert convert(VERIFY, f"s3://{BUCKET}/again").stdout.endswith("24 samples are sound, 0 faults\n")
+
+
+def test_shards_stream_from_the_bucket(converted, tmp_path):
+    dataset = open_dataset(
+        converted[1], tmp_path / "cache", transform=train_transform(64, 80), seed=0, shuffle=True, batch_size=8
+    )
+    assert sum(len(batch["image"]) for batch in train_loader(dataset, 8, 2, 2)) == 24
+
+
+def test_verify_finds_damage_in_the_bucket(converted, client):
+    url = converted[1]
+    content = bytearray(client.get_object(Bucket=BUCKET, Key="shards/shard.00002.mds")["Body"].read())
+    whole = bytes(content)
+    content[len(content) // 2] ^= 1
+    client.put_object(Bucket=BUCKET, Key="shards/shard.00002.mds", Body=bytes(content))
+    client.copy_object(Bucket=BUCKET, Key="spare", CopySource=f"{BUCKET}/shards/shard.00003.mds")
+    client.delete_object(Bucket=BUCKET, Key="shards/shard.00003.mds")
+    found = convert(VERIFY, url, check=False)
+    client.put_object(Bucket=BUCKET, Key="shards/shard.00002.mds", Body=whole)
+    client.copy_object(Bucket=BUCKET, Key="shards/shard.00003.mds", CopySource=f"{BUCKET}/spare")
+    assert found.returncode == 1
+    assert found.stdout.splitlines()[:2] == [
+        f"{url}/shard.00002.mds is damaged: its xxh64 hash is not that of index.json",
+        f"{url}/shard.00003.mds is listed in index.json but absent",
+    ]
+    assert "there is no s3://images/nothing/index.json" in convert(VERIFY, "s3://images/nothing", check=False).stderr
