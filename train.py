@@ -6,7 +6,7 @@ import sys
 
 from rae.config import load_config
 from rae.processes import follow_parent
-from rae.registry import UserError
+from rae.registry import RankError, UserError
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
 
         train(config)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

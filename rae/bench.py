@@ -143,7 +143,7 @@ def checkpoint_cost(networks: dict[str, nn.Module], repeats: int) -> None:
 
         def ours() -> None:
             torch.save(careful, folder / STATE)
-            seal(folder, [STATE], 0, 1)
+            seal(folder, [STATE], 0, 1, "bench")
 
         seconds = in_turns({"ours, sealed": ours, "naive": lambda: torch.save(naive, folder / "naive.pt")}, repeats)
         sizes = {"ours, sealed": folder / STATE, "naive": folder / "naive.pt"}

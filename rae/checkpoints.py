@@ -25,7 +25,7 @@ import xxhash
 from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
 
 from rae.config import is_remote
-from rae.storage import RemoteFolder, reason
+from rae.storage import RemoteFolder, can_delete, reason
 
 STATE = "state.pt"
 SHARDED = ".metadata"
@@ -65,7 +65,7 @@ class Listed:
         for file in self.files:
             if match := _PART.fullmatch(file):
                 ranks[int(match[2])].add(int(match[1]))
-        whole = [count for count, present in ranks.items() if present == set(range(count))]
+        whole = sorted(count for count, present in ranks.items() if present == set(range(count)))
         return [part_name(rank, whole[0]) for rank in range(whole[0])] if whole else []
 
     @property
@@ -109,20 +109,24 @@ def list_checkpoints(folder: str) -> list[Listed]:
     return sorted(found, key=lambda checkpoint: checkpoint.age, reverse=True)
 
 
-def seal(folder: Path, files: Iterable[str], rank: int, ranks: int) -> str:
+def seal(folder: Path, files: Iterable[str], rank: int, ranks: int, save: str) -> str:
     """Write down size and hash of the files that one rank wrote, once they are on the disk; the last step of a save.
+
+    Args:
+        save: what all parts of one save have in common, and no others.
 
     Returns:
         the name of the file written.
     """
-    record = {file: {"bytes": (folder / file).stat().st_size, "xxh3": _hash(folder / file)} for file in sorted(files)}
-    for file in record:
-        _sync(folder / file)
+    held = {file: {"bytes": (folder / file).stat().st_size, "xxh3": _hash(folder / file)} for file in sorted(files)}
+    for file in held:
+        sync(folder / file)
+    record = {"save": save, "files": held}
     name, partial = part_name(rank, ranks), folder / f".{part_name(rank, ranks)}"
     partial.write_text(json.dumps(record, indent=2) + "\n")
-    _sync(partial)
+    sync(partial)
     partial.rename(folder / name)
-    _sync(folder)
+    sync(folder)
     return name
 
 
@@ -143,7 +147,7 @@ def fetch(folder: str, checkpoint: Listed, destination: Path) -> Path:
         raise DamagedError("it is incomplete: its writing was cut short")
     if not is_remote(folder):
         local = Path(folder, checkpoint.name)
-        _verify(local, checkpoint.parts)
+        verify(local, checkpoint.parts)
         return local
     local, remote = destination / checkpoint.name, RemoteFolder(f"{folder.rstrip('/')}/{checkpoint.name}")
     shutil.rmtree(local, ignore_errors=True)
@@ -151,16 +155,24 @@ def fetch(folder: str, checkpoint: Listed, destination: Path) -> Path:
     for part in [*checkpoint.parts, *(checkpoint.files & {METRICS})]:
         remote.download(part, local / part)
     for part in checkpoint.parts:
-        for file in _read_part(local / part):
+        for file in _read_part(local / part)[1]:
             with contextlib.suppress(FileNotFoundError):  # found missing below
                 remote.download(file, local / file)
-    _verify(local, checkpoint.parts)
+    verify(local, checkpoint.parts)
     return local
 
 
-def _verify(local: Path, parts: Iterable[str]) -> None:
-    for part in parts:
-        for file, expected in _read_part(local / part).items():
+def verify(local: Path, parts: Iterable[str]) -> None:
+    """Check every byte of a checkpoint on this disk.
+
+    Raises:
+        DamagedError: a file is missing, or is not what was saved; parts of two saves.
+    """
+    read = [_read_part(local / part) for part in parts]
+    if len({save for save, _ in read}) > 1:
+        raise DamagedError("its parts are of different saves")
+    for _, files in read:
+        for file, expected in files.items():
             path = local / file
             if not path.is_file():
                 raise DamagedError(f"{file} is missing")
@@ -171,10 +183,11 @@ def _verify(local: Path, parts: Iterable[str]) -> None:
                 raise DamagedError(f"{file} is damaged: its hash is not the one it was saved with")
 
 
-def _read_part(path: Path) -> dict[str, dict[str, int | str]]:
+def _read_part(path: Path) -> tuple[str, dict[str, dict[str, int | str]]]:
     try:
         record = json.loads(path.read_text())
-        return {file: {"bytes": entry["bytes"], "xxh3": entry["xxh3"]} for file, entry in record.items()}
+        files = {file: {"bytes": held["bytes"], "xxh3": held["xxh3"]} for file, held in record["files"].items()}
+        return record["save"], files
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path.name} cannot be read") from error
 
@@ -187,7 +200,8 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -197,13 +211,23 @@ def _sync(path: Path) -> None:
 
 def remove(folder: str, checkpoint: Listed) -> None:
     """Delete a checkpoint, its seal first, so that a half deleted one does not pass for complete."""
-    files = checkpoint.sealed_last[::-1]
+    _delete(folder, checkpoint, checkpoint.sealed_last[::-1])
+    if not is_remote(folder):
+        shutil.rmtree(Path(folder, checkpoint.name), ignore_errors=True)
+
+
+def unseal(folder: str, checkpoint: Listed) -> None:
+    """Take a checkpoint that is not whole for what it is: incomplete, whatever its seals say."""
+    if not is_remote(folder) or can_delete(folder):
+        _delete(folder, checkpoint, [file for file in checkpoint.files if _PART.fullmatch(file) or file == METRICS])
+
+
+def _delete(folder: str, checkpoint: Listed, files: Iterable[str]) -> None:
     if is_remote(folder):
         RemoteFolder(f"{folder.rstrip('/')}/{checkpoint.name}").delete(files)
         return
     for file in files:
         Path(folder, checkpoint.name, file).unlink(missing_ok=True)
-    shutil.rmtree(Path(folder, checkpoint.name), ignore_errors=True)
 
 
 def rotate(folder: str, keep: int) -> None:

@@ -32,7 +32,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from rae.config import is_remote
 from rae.processes import follow_parent, heed_parent_alone
-from rae.registry import UserError
+from rae.registry import RankError, UserError
 from rae.storage import reason
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-class DataError(UserError):
+class DataError(RankError):
     """Training data that cannot be read. Worker processes pass it on with its traceback as the message."""
 
 

@@ -49,6 +49,10 @@ class UserError(Exception):
     """A mistake that the user can mend. The message is one line that names the thing and the remedy."""
 
 
+class RankError(UserError):
+    """A condition that one rank alone met, so that it must say so itself."""
+
+
 def register(kind: str, *names: str, context: tuple[str, ...] = ()) -> Callable[[Any], Any]:
     """Class or function decorator: make a plugin available under ``names`` (the first is its own name).
 

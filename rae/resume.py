@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from composer.utils import dist
 from omegaconf import OmegaConf
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rae.checkpoints import (
     CONFIG,
@@ -19,6 +20,7 @@ from rae.checkpoints import (
     fetch,
     in_form,
     list_checkpoints,
+    unseal,
 )
 from rae.config import Config, is_remote
 from rae.registry import UserError
@@ -36,7 +38,7 @@ def newest(folders: Sequence[str], scratch: Path, damaged: Literal["older", "sto
     """The newest complete and undamaged checkpoint, on this node's disk. A collective call.
 
     Args:
-        folders: where to look, local or remote; of equally new ones the first folder's.
+        folders: where to look: the run's checkpoints, local or remote, and what waits on this disk for its upload.
         scratch: local folder for what is downloaded.
         damaged: whether a checkpoint that is not whole means going on from an older one, or an error.
 
@@ -47,10 +49,15 @@ def newest(folders: Sequence[str], scratch: Path, damaged: Literal["older", "sto
         UserError: a folder cannot be listed or read; damage and ``damaged: stop``; nothing but damage.
     """
     found = [(folder, checkpoint) for folder in folders for checkpoint in _listed(folder)]
-    for folder, checkpoint in sorted(found, key=lambda pair: pair[1].age, reverse=True):
+    # Of what waits for its upload, the incomplete is what an upload that succeeded has not yet removed.
+    found = [(folder, checkpoint) for folder, checkpoint in found if folder == folders[0] or checkpoint.parts]
+    skipped: list[tuple[str, Listed]] = []
+    for folder, checkpoint in sorted(found, key=lambda pair: (pair[1].age, pair[0] != folders[0]), reverse=True):
         path, fault = _fetched(folder, checkpoint, scratch)
         if path is not None:
+            _unseal(skipped)
             return path
+        skipped.append((folder, checkpoint))
         message = f"checkpoint {folder.rstrip('/')}/{checkpoint.name} is not used: {fault}"
         if damaged == "stop":
             raise UserError(f"{message}; remove it, or set checkpoints.damaged=older")
@@ -59,6 +66,19 @@ def newest(folders: Sequence[str], scratch: Path, damaged: Literal["older", "sto
     if any(checkpoint.parts for _, checkpoint in found):
         raise UserError(f"no checkpoint in {folders[0]} is whole; remove them to start from the beginning")
     return None
+
+
+def _unseal(skipped: list[tuple[str, Listed]]) -> None:
+    """Keep what was not used from passing for newer or complete beside what this start will save."""
+    if dist.get_global_rank() == 0:
+        for folder, checkpoint in skipped:
+            unseal(folder, checkpoint)
+    dist.barrier()
+
+
+def used(folder: str) -> bool:
+    """Whether there are checkpoints in a folder. A collective call."""
+    return bool(_listed(folder))
 
 
 def _listed(folder: str) -> list[Listed]:
@@ -135,10 +155,23 @@ def _file(path: str, scratch: Path) -> Path:
 
 
 def loadable(checkpoint: Path, sharded: bool, scratch: Path) -> Path:
-    """The checkpoint in the form that Composer is to load; see :func:`rae.checkpoints.in_form`. A collective call."""
-    first_here = dist.get_global_rank() - dist.get_local_rank()
-    path = in_form(checkpoint, sharded, scratch / "converted") if dist.get_local_rank() == 0 else None
-    return dist.all_gather_object(path)[first_here]
+    """The checkpoint in the form that Composer is to load; see :func:`rae.checkpoints.in_form`. A collective call.
+
+    Raises:
+        UserError: it cannot be converted.
+    """
+    path: Path | None = None
+    fault = ""
+    if dist.get_local_rank() == 0:
+        try:
+            path = in_form(checkpoint, sharded, scratch / "converted")
+        except (Exception, CheckpointException) as error:
+            fault = reason(error)
+    answers = dist.all_gather_object((path, fault))
+    for _, each in answers:
+        if each:
+            raise UserError(f"checkpoint {checkpoint} cannot be converted for this launch: {each}")
+    return answers[dist.get_global_rank() - dist.get_local_rank()][0]
 
 
 def clear(scratch: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import pickle
 import re
+import secrets
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from composer.optim import ComposerScheduler
 from composer.utils import dist, get_device, reproducibility
 from composer.utils.checkpoint import glob_filter
 from streaming import StreamingDataset
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.lr_scheduler import LambdaLR
 
 from rae.algorithms.adversarial import adversarial_last
@@ -43,8 +45,8 @@ from rae.decoder import Decoder, load_published
 from rae.model import RAE, RAEModel
 from rae.parallelism import check_sharding, parallelism, saves_sharded
 from rae.processes import RunLock, one_at_a_time, remove_dead_segments
-from rae.registry import UserError, build, check_arguments, check_plugin, import_plugins, parse_time
-from rae.resume import changes, clear, given, loadable, newest
+from rae.registry import RankError, UserError, build, check_arguments, check_plugin, import_plugins, parse_time
+from rae.resume import changes, clear, given, loadable, newest, used
 from rae.storage import RemoteFolder, can_delete
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ _NOT_USED = (  # how checkpoints are named and what they hold is not a choice he
 _OUR_STREAMING = ("streams", "remote", "local", "batch_size", "shuffle", "shuffle_seed", "num_canonical_nodes")
 # Warnings about what is as it should be.
 _NOT_FOR_USERS = ("Cannot split tensor of length", "No batches were trained", "TypedStorage is deprecated")
+_OTHER_MODEL = "checkpoint {}: it is of another model or other algorithms; give another run_name and run_dir"
 _PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 _TIMES = ("max_duration", "save_interval", "eval_interval")
 
@@ -83,19 +86,19 @@ def check(config: Config) -> None:
         for name, arguments in getattr(config, f"{kind}s").items():
             check_plugin(kind, {name: arguments}, f"{kind}s")
     check_arguments(StreamingDataset, config.data.streaming, "data.streaming", _OUR_STREAMING)
-    _check_trainer(config.trainer)
-    _check_saving(config.trainer)
+    config.trainer = _check_trainer(config.trainer)
+    _check_saving(config)
     check_sharding(config)
 
 
-def _check_trainer(arguments: dict[str, Any]) -> None:
+def _check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
     for key in _OURS:
         if key in arguments:
             raise UserError(f"trainer.{key}: this is set by the configuration's own sections, not under trainer:")
     for key in _NOT_USED:
         if key in arguments:
             raise UserError(f"trainer.{key}: not used here, where checkpoints have one form; leave it out")
-    check_arguments(Trainer, arguments, "trainer", (*_OURS, *_NOT_USED))
+    arguments = {**arguments, **check_arguments(Trainer, arguments, "trainer", (*_OURS, *_NOT_USED))}
     if arguments.get("max_duration") is None:
         raise UserError("missing value: trainer.max_duration is required, such as 16ep")
     microbatch = arguments.get("device_train_microbatch_size", 1)
@@ -109,15 +112,32 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
         raise UserError(f"trainer.precision: {arguments['precision']!r} is none of {', '.join(_PRECISIONS)}")
     for key in _TIMES:
         value = arguments.get(key)
-        if isinstance(value, str):
-            try:
-                parse_time(value)
-            except ValueError as error:
-                raise UserError(f"trainer.{key}: {error}") from error
+        if value is None:
+            continue
+        try:
+            if not re.match(r"0*[1-9]|0?\.0*[1-9]|0\.0*[1-9]", parse_time(f"{value}ep" if _is_count(value) else value)):
+                raise ValueError(f"{value!r} must be more than 0")
+        except ValueError as error:
+            raise UserError(f"trainer.{key}: {error}") from error
+    if str(arguments.get("save_interval", "")).endswith("iter"):
+        raise UserError("trainer.save_interval: iterations are not counted here; write it in ep, ba, sp, sec or dur")
+    return arguments
 
 
-def _check_saving(arguments: dict[str, Any]) -> None:
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, str) and value.isdigit())
+
+
+def _check_saving(config: Config) -> None:
+    arguments = config.trainer
     folder, keep = arguments.get("save_folder"), arguments.get("save_num_checkpoints_to_keep", -1)
+    for key, text in (
+        ("run_name", config.run_name),
+        ("run_dir", config.run_dir),
+        ("trainer.save_folder", folder or ""),
+    ):
+        if set("{}") & set(text.replace("{run_name}", "") if key == "trainer.save_folder" else text):
+            raise UserError(f"{key}: {text!r} must have no braces; only trainer.save_folder may have {{run_name}}")
     if keep != -1 and keep < 1:
         raise UserError(f"trainer.save_num_checkpoints_to_keep: {keep} must be at least 1, or -1 to keep all")
     if folder is None:
@@ -189,7 +209,8 @@ def build_trainer(config: Config) -> Trainer:
         run_name=config.run_name,
     )
     ignored = arguments.pop("load_ignore_keys", None)
-    with _loading(config, checkpoint, ignored) as load, _explained(config):
+    expected = None if ignored or arguments.get("load_strict_model_weights") is False else model
+    with _loading(config, checkpoint, ignored, expected) as load, _explained(config):
         return Trainer(**passed, **arguments, **load)
 
 
@@ -199,12 +220,10 @@ def _explained(config: Config) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
-    except RuntimeError as error:
-        if "state_dict" not in str(error):
+    except (RuntimeError, KeyError, CheckpointException) as error:
+        if isinstance(error, RuntimeError) and "state_dict" not in str(error):
             raise
-        raise UserError(
-            f"the checkpoints of {config.run_name!r} are of another model; give another run_name and run_dir"
-        ) from error
+        raise UserError(_OTHER_MODEL.format(f"of {config.run_name!r}")) from error
 
 
 @contextmanager
@@ -233,6 +252,11 @@ def _checkpoint(config: Config, arguments: dict[str, Any], checkpointer: Checkpo
             for key in ("load_weights_only", "load_ignore_keys"):  # those are about load_path
                 arguments.pop(key, None)
             return found
+    if checkpointer is not None and not autoresume and used(checkpointer.folder):
+        raise UserError(
+            f"trainer.autoresume: {checkpointer.folder} holds checkpoints of an earlier start; "
+            "go on from them, or give another trainer.save_folder"
+        )
     return given(load_path, scratch, config.checkpoints.damaged) if load_path else None
 
 
@@ -241,13 +265,22 @@ def _scratch(config: Config) -> Path:
 
 
 @contextmanager
-def _loading(config: Config, checkpoint: Path | None, ignored: list[str] | None) -> Iterator[dict[str, Any]]:
+def _loading(
+    config: Config, checkpoint: Path | None, ignored: list[str] | None, expected: torch.nn.Module | None
+) -> Iterator[dict[str, Any]]:
     """The Trainer's arguments for loading a checkpoint, which cannot run code in this context."""
     if checkpoint is None:
         yield {}
         return
 
-    def ignore(state_dict: dict[str, Any]) -> None:
+    names = set(expected.state_dict()) if expected is not None else None
+
+    def ignore(state_dict: Any) -> None:
+        if not isinstance(state_dict, dict) or not isinstance(state_dict.get("state"), dict):
+            raise UserError(f"{checkpoint} is no checkpoint of a run")
+        # Composer would load what fits, and train the rest from the beginning.
+        if names is not None and set(state_dict["state"].get("model", ())) != names:
+            raise UserError(_OTHER_MODEL.format(checkpoint))
         state_dict.pop("rng", None)
         if ignored:
             glob_filter(ignored)(state_dict)
@@ -408,15 +441,37 @@ def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch:
 def _checkpointer(config: Config, arguments: dict[str, Any]) -> Checkpointer | None:
     """What saves this run, from the trainer's arguments of Composer's names, which it takes out of ``arguments``."""
     folder = arguments.pop("save_folder", f"{config.run_dir}/checkpoints")
+    folder = folder and folder.replace("{run_name}", config.run_name)
     interval = str(arguments.pop("save_interval", "1ep"))
     keep = arguments.pop("save_num_checkpoints_to_keep", -1)
     if folder is None:
         return None
-    if is_remote(folder) and rank() == 0:
+    if not is_remote(folder):
+        _check_folder(folder)
+    elif rank() == 0:
         RemoteFolder(folder).check_writable("trainer.save_folder")
     dist.barrier()
     interval = f"{interval}ep" if interval.isdigit() else interval
     return Checkpointer(folder, config.run_dir, interval, keep, to_yaml(config), config.checkpoints.upload_attempts)
+
+
+def _check_folder(folder: str) -> None:
+    """Check that a local folder can be written to, and is the same on all nodes. A collective call."""
+    token, fault = Path(folder, f".preflight-{dist.all_gather_object(secrets.token_hex(4))[0]}"), ""
+    if rank() == 0:
+        try:
+            token.parent.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        except OSError as error:
+            fault = f"cannot write to {folder}: {error.strerror}"
+    dist.barrier()
+    if dist.get_local_rank() == 0 and not token.exists():
+        fault = fault or f"{folder} is not the same folder on all nodes; give a shared one, or a bucket"
+    faults = list(filter(None, dist.all_gather_object(fault)))
+    if rank() == 0:
+        token.unlink(missing_ok=True)
+    if faults:
+        raise UserError(f"trainer.save_folder: {faults[0]}")
 
 
 def _save_final_metrics(config: Config, trainer: Trainer) -> Path:
@@ -442,24 +497,34 @@ def train(config: Config) -> Trainer:
     for message in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=message)
     _initialize(config)
-    with _alone(config.run_dir):
+    folder = config.trainer.get("save_folder")
+    with _alone(config.run_dir), nullcontext() if folder is None or is_remote(folder) else _alone(folder):
         trainer = build_trainer(config)
-        _fit(config, trainer)
-        trainer.close()
+        checkpointers = [c for c in trainer.state.callbacks if isinstance(c, Checkpointer)]
+        try:
+            _fit(config, trainer, checkpointers)
+        except BaseException:
+            for checkpointer in checkpointers:  # while the interpreter still can
+                checkpointer.finish_uploads()
+            raise
+        finally:
+            trainer.close()
     return trainer
 
 
-def _fit(config: Config, trainer: Trainer) -> None:
-    checkpointers = [c for c in trainer.state.callbacks if isinstance(c, Checkpointer)]
+def _fit(config: Config, trainer: Trainer, checkpointers: list[Checkpointer]) -> None:
     reached_end = trainer.state.max_duration is None or trainer.state.timestamp >= trainer.state.max_duration
     if reached_end and all(checkpointer.was_finished for checkpointer in checkpointers):
         duration = trainer.state.max_duration
         log.warning("%s is finished (%s); a longer trainer.max_duration goes on", config.run_name, duration)
     else:
         try:
-            trainer.eval() if reached_end else trainer.fit()
+            if not reached_end:
+                trainer.fit()
+            elif trainer.state.evaluators:
+                trainer.eval()
         except DataError as error:  # through a worker process it comes with its traceback as the message
-            raise UserError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[-1]) from error
+            raise RankError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[-1]) from error
         metrics = _save_final_metrics(config, trainer)
         for checkpointer in checkpointers:
             checkpointer.finish(trainer.state, metrics)

@@ -3,8 +3,10 @@
 The stores themselves are Composer's (``s3://``, ``gs://``, ``oci://``, ``azure://``).
 """
 
+import contextlib
 import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -97,7 +99,7 @@ class RemoteFolder:
         Raises:
             UserError: what is wrong, in a line.
         """
-        name = ".preflight"
+        name = f".preflight-{secrets.token_hex(4)}" if can_delete(self.url) else ".preflight"
         with tempfile.TemporaryDirectory() as folder:
             written, read = Path(folder, "written"), Path(folder, "read")
             written.write_bytes(os.urandom(16))
@@ -111,6 +113,9 @@ class RemoteFolder:
                 raise UserError(f"{where}: can write to {self.url} but not read: {reason(error)}") from error
             if read.read_bytes() != written.read_bytes():
                 raise UserError(f"{where}: {self.url} gives back other bytes than were written")
+        if can_delete(self.url):
+            with contextlib.suppress(Exception):  # some may write and not delete
+                self.delete([name])
 
     def check_readable(self, name: str, where: str) -> None:
         """Read one object.

@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
+from streaming.base.shared.memory import SharedMemory
 
 from rae.checkpoints import fetch, in_form, list_checkpoints, without_code
 from rae.config import Config
@@ -122,6 +123,21 @@ def assert_same_state(a: Path | str, b: Path | str):
     assert left.keys() == right.keys()
     assert len(left) > 100
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.fixture(autouse=True)
+def _no_shared_memory_left(monkeypatch):
+    """Streaming keeps a data set's segments until its process ends, and each new data set opens all that it finds."""
+    opened, init = [], SharedMemory.__init__
+
+    def remember(self, *args, **kwargs):
+        opened.append(self)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(SharedMemory, "__init__", remember)
+    yield
+    for segment in opened:
+        segment.cleanup()
 
 
 def make_shards(root: Path, target: str | None = None) -> Path:

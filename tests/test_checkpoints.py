@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rae.checkpoints import list_checkpoints, rotate, seal
 from rae.registry import UserError
 from rae.resume import given, newest
 from rae.storage import RemoteFolder, reason
-from tests.conftest import assert_same_state, load_newest, resumable, train_here
+from tests.conftest import assert_same_state, load_newest, resumable, run, train_here, write_yaml
 
 OLD, NEW = "ep0-ba4", "ep1-ba6"
 
@@ -24,7 +25,7 @@ def save(folder: Path, name: str, parts: int = 1) -> None:
     place.mkdir(parents=True)
     for part in range(parts):
         torch.save({"state": torch.arange(1000.0), "name": name}, place / f"state{part}.pt")
-        seal(place, [f"state{part}.pt"], part, parts)
+        seal(place, [f"state{part}.pt"], part, parts, name)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -84,11 +85,11 @@ def test_the_newest_whole_one_is_found(folder, tmp_path):
 def test_damage_is_named_and_an_older_one_used(folder, tmp_path, caplog, damage):
     file, how, message = DAMAGE[damage]
     change(folder, f"{NEW}/{file}", how, tmp_path)
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        newest([folder], tmp_path / "scratch", "stop")
     assert newest([folder], tmp_path / "scratch", "older").name == OLD
     assert f"{folder}/{NEW} is not used" in caplog.text
     assert message in caplog.text
-    with pytest.raises(UserError, match=message.replace(".", r"\.")):
-        newest([folder], tmp_path / "scratch", "stop")
 
 
 def test_nothing_but_damage_stops_the_run(folder, tmp_path):
@@ -132,6 +133,84 @@ def test_a_run_keeps_as_many_as_it_is_told_to(shards, tmp_path):
     assert names == ["ep0-ba4", "ep1-ba5"]
 
 
+def test_what_was_not_used_neither_counts_nor_stays_complete(folder, tmp_path):
+    """Else retention would delete the checkpoint that training went on from, and keep the damaged one."""
+    change(folder, f"{NEW}/state1.pt", flip, tmp_path)
+    assert newest([folder], tmp_path / "scratch", "older").name == OLD
+    rotate(folder, keep=1)
+    assert [c.name for c in list_checkpoints(folder) if c.parts] == [OLD]
+
+
+def test_parts_of_two_saves_are_no_checkpoint(tmp_path, caplog):
+    save(tmp_path, OLD)
+    save(tmp_path, NEW, parts=2)
+    torch.save({"later": 1}, tmp_path / NEW / "state0.pt")
+    seal(tmp_path / NEW, ["state0.pt"], 0, 2, "another save")
+    assert newest([str(tmp_path)], tmp_path / "scratch", "older").name == OLD
+    assert "its parts are of different saves" in caplog.text
+
+
+def test_what_waits_for_its_upload_is_used_and_what_was_uploaded_is_not_missed(tmp_path):
+    waiting = tmp_path / "uploads"
+    save(tmp_path / "made", OLD)
+    save(waiting, NEW)
+    places = [str(tmp_path / "made"), str(waiting)]
+    assert newest(places, tmp_path / "scratch", "stop") == waiting / NEW
+    (waiting / NEW / "part-0-of-1.json").unlink()  # as a kill after the upload leaves it
+    assert newest(places, tmp_path / "scratch", "stop") == tmp_path / "made" / OLD
+
+
+def test_a_run_without_evaluation_that_was_killed_at_its_end_is_finished(shards, tmp_path):
+    settings = resumable(shards, tmp_path / "run")
+    settings["data"] |= {"workers": 0, "eval": None}
+    settings |= {"metrics": {}, "callbacks": {}}
+    settings["trainer"]["max_duration"] = "2ba"
+    train_here(settings)
+    (tmp_path / "run/checkpoints/ep0-ba2/metrics.json").unlink()
+    train_here(settings)
+    assert (tmp_path / "run/checkpoints/ep0-ba2/metrics.json").is_file()
+
+
+def test_a_checkpoint_of_another_model_is_refused(shards, undisturbed, tmp_path):
+    settings = resumable(shards, tmp_path / "run")
+    settings["data"]["workers"] = 0
+    settings["algorithms"] = {}
+    settings["model"]["decoder"]["depth"] = 1
+    settings["trainer"]["load_path"] = str(undisturbed / "checkpoints")
+    with pytest.raises(UserError, match="of another model"):
+        train_here(settings)
+    torch.save({"state": {}}, tmp_path / "empty.pt")
+    settings["trainer"]["load_path"] = str(tmp_path / "empty.pt")
+    with pytest.raises(UserError, match="of another model"):
+        train_here(settings)
+    torch.save([1], tmp_path / "list.pt")
+    settings["trainer"]["load_path"] = str(tmp_path / "list.pt")
+    with pytest.raises(UserError, match="no checkpoint of a run"):
+        train_here(settings)
+
+
+def test_folders_that_cannot_be_used_are_found_at_the_start(shards, undisturbed, tmp_path):
+    settings = resumable(shards, tmp_path / "run")
+    (tmp_path / "file").touch()
+    settings["trainer"]["save_folder"] = str(tmp_path / "file/checkpoints")
+    with pytest.raises(UserError, match="cannot write to"):
+        train_here(settings)
+    settings["trainer"] |= {"save_folder": str(undisturbed / "checkpoints"), "autoresume": False}
+    with pytest.raises(UserError, match="holds checkpoints of an earlier start"):
+        train_here(settings)
+
+
+def test_a_disk_that_is_full_is_one_line(shards, tmp_path):
+    settings = resumable(shards, tmp_path / "run")
+    settings["data"] |= {"workers": 0, "eval": None}
+    settings |= {"metrics": {}, "callbacks": {}, "loggers": {}}
+    command = f"ulimit -f 900; exec {sys.executable} train.py {write_yaml(settings, tmp_path)}"
+    done = run("bash", "-c", command, check=False)
+    assert done.returncode == 2
+    assert "error: checkpoint ep0-ba2 could not be written to" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 class Payload:
     def __reduce__(self):
         return os.system, ("echo ran > ran",)
@@ -147,7 +226,7 @@ def test_code_in_a_checkpoint_is_refused(shards, undisturbed, tmp_path, monkeypa
         (place / kind).write_bytes(pickle.dumps(Payload()))
     else:
         torch.save({"state": {"model": Payload()}}, place / kind)
-    seal(place, [kind], 0, 1)
+    seal(place, [kind], 0, 1, "a")
     settings = resumable(shards, tmp_path / "run")
     settings["trainer"]["load_path"] = str(place / kind if kind == "file.pt" else place)
     with pytest.raises(UserError, match="could run code"):

@@ -1,8 +1,10 @@
 """Saving: atomically, sealed, uploaded in the background, rotated, and once more when the run is told to stop."""
 
+import contextlib
 import logging
 import os
 import queue
+import secrets
 import shutil
 import signal
 import threading
@@ -15,10 +17,26 @@ import torch
 from composer import Callback, Event, Logger, State
 from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import create_interval_scheduler, dist, retry
+from torch.distributed.checkpoint.api import CheckpointException
 
-from rae.checkpoints import CONFIG, METRICS, SHARDED, STATE, age, list_checkpoints, name_at, rotate, seal
+from rae.checkpoints import (
+    CONFIG,
+    METRICS,
+    SHARDED,
+    STATE,
+    DamagedError,
+    Listed,
+    age,
+    fetch,
+    list_checkpoints,
+    name_at,
+    remove,
+    rotate,
+    seal,
+    sync,
+)
 from rae.config import is_remote
-from rae.registry import UserError
+from rae.registry import RankError, UserError
 from rae.storage import RemoteFolder, reason
 
 log = logging.getLogger(__name__)
@@ -35,19 +53,23 @@ class Uploader:
     def __init__(self, folder: str, attempts: int):
         self.folder, self.attempts = folder.rstrip("/"), attempts
         self.queue: queue.Queue[tuple[Path, list[str], Callable[[], None]]] = queue.Queue()
+        self.used = False
+        """Whether this rank has anything to upload."""
         self.done = ""
-        """The newest checkpoint that has arrived."""
+        """The newest checkpoint of which this rank's part has arrived."""
         self.failure = ""
         """What went wrong, once an upload has failed for good. None is begun after that."""
         threading.Thread(target=self._work, name="upload", daemon=True).start()
 
     def put(self, checkpoint: Path, files: list[str], then: Callable[[], None]) -> None:
         """Upload ``files`` of a checkpoint in this order, delete them here, and call ``then``."""
+        self.used = True
         self.queue.put((checkpoint, files, then))
 
-    def wait(self) -> None:
-        """Return when all uploads are through, or one has failed for good."""
-        self.queue.join()
+    @property
+    def busy(self) -> bool:
+        """Whether there is something still to be uploaded, and hope."""
+        return self.queue.unfinished_tasks > 0 and not self.failure
 
     def _work(self) -> None:
         while True:
@@ -76,11 +98,15 @@ class Uploader:
 
         for file in files:
             send(file)
-        for file in files:
-            (checkpoint / file).unlink()
-        if not any(checkpoint.iterdir()):  # other ranks of this node may still be sending theirs
+        for file in reversed(files):  # the seal first: what is left of a kill here is incomplete
+            (checkpoint / file).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other ranks of this node may still be sending theirs
             checkpoint.rmdir()
         self.done = checkpoint.name
+
+
+FAILED = 1000
+"""Stands beside signals for an upload that has failed on some rank."""
 
 
 class StopRequest:
@@ -92,14 +118,28 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal, self.heard_at = 0, 0.0
         self.pending: tuple[Any, torch.Tensor] | None = None
+        self.handlers: dict[int, Any] = {}
 
     def listen(self) -> None:
         """Take over both signals. A collective call."""
         if dist.get_world_size() > 1:
             self.group = torch.distributed.new_group(backend="gloo")
+        self._handle(self._heard)
+
+    def ignore(self) -> None:
+        """Let no signal disturb what is done on account of the first."""
+        self._handle(signal.SIG_IGN)
+
+    def unlisten(self) -> None:
+        """Give both signals back to whom they were taken from."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, handler: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._heard)
+                before = signal.signal(number, handler)
+                self.handlers.setdefault(number, before)
 
     def _heard(self, number: int, frame: Any) -> None:
         if not self.signal:
@@ -108,19 +148,20 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def agreed(self) -> int:
-        """The signal that the ranks have agreed on, or 0. To be called once a step on every rank.
+    def agreed(self, failed: bool) -> int:
+        """The signal that the ranks have agreed on, FAILED, or 0. To be called once a step on every rank.
 
         The exchange begun at one step is read at the next, so that no step waits for it.
         """
+        mine = FAILED if failed else self.signal
         if dist.get_world_size() == 1:
-            return self.signal
+            return mine
         agreed = 0
         if self.pending is not None:
             work, number = self.pending
             work.wait()
             agreed = int(number)
-        number = torch.tensor(self.signal)
+        number = torch.tensor(mine)
         work = torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True)
         self.pending = (work, number)
         return agreed
@@ -164,8 +205,9 @@ class Checkpointer(Callback):
         if event == Event.FIT_START:
             self._start(state)
         elif event == Event.BATCH_CHECKPOINT:
-            self._check_uploads()
-            stopping = self.stop.agreed()
+            stopping = self.stop.agreed(self.uploader is not None and bool(self.uploader.failure))
+            if stopping == FAILED:
+                self._wait_for_uploads()
             if stopping or self.due(state, event):
                 self.save(state)
             if stopping:
@@ -174,14 +216,18 @@ class Checkpointer(Callback):
             self.save(state)
 
     def close(self, state: State, logger: Logger) -> None:
-        if self.uploader is not None:
-            self.uploader.wait()
+        self.stop.unlisten()
+
+    def finish_uploads(self) -> None:
+        """Return when this rank's uploads are through, or have failed: what to do before an error ends the process."""
+        while self.uploader is not None and self.uploader.busy:
+            time.sleep(0.1)
 
     def places(self) -> list[str]:
         """Where this run's checkpoints may be: in the bucket, and what one node could not upload before it ended."""
         if self.uploader is None or dist.get_world_size() > dist.get_local_world_size():
             return [self.folder]
-        return [str(self.local), self.folder]
+        return [self.folder, str(self.local)]
 
     def resumed(self, checkpoint: Path) -> None:
         """Tell it which checkpoint training goes on from."""
@@ -200,10 +246,12 @@ class Checkpointer(Callback):
     def _upload_left(self, uploader: Uploader) -> None:
         """Send what an earlier start saved and could not send any more."""
         for checkpoint in reversed(list_checkpoints(str(self.local))):
-            if checkpoint.parts:
-                uploader.put(self.local / checkpoint.name, checkpoint.sealed_last, self._rotate)
-            else:
+            try:
+                fetch(str(self.local), checkpoint, self.local)
+            except DamagedError:
                 shutil.rmtree(self.local / checkpoint.name, ignore_errors=True)
+            else:
+                uploader.put(self.local / checkpoint.name, checkpoint.sealed_last, self._rotate)
 
     def save(self, state: State) -> None:
         """Save now, unless this very moment is saved already. A collective call."""
@@ -217,13 +265,18 @@ class Checkpointer(Callback):
         try:
             written = composer_checkpoint.save_checkpoint(state, str(file), ignore_keys=_without_rng)
             files = self._seal(staging / name, written is not None)
-        except OSError as error:
-            raise UserError(f"checkpoint {name} could not be written to {self.local}: {error}{self._safe()}") from error
-        dist.barrier()
-        if self.mover:
-            shutil.rmtree(self.local / name, ignore_errors=True)  # of a run that went on from an older one
-            (staging / name).rename(self.local / name)
-            staging.rmdir()
+            dist.barrier()
+            if self.mover:
+                # There may be one of a run that went on from an older one.
+                remove(str(self.local), Listed(name, frozenset(p.name for p in (self.local / name).glob("*"))))
+                (staging / name).rename(self.local / name)
+                staging.rmdir()
+                sync(self.local)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            fault = _disk_fault(error)
+            if fault is None:
+                raise
+            raise RankError(f"checkpoint {name} could not be written to {self.local}: {fault}{self._safe()}") from error
         dist.barrier()
         if self.uploader is None:
             self.safe = name
@@ -233,7 +286,8 @@ class Checkpointer(Callback):
 
     def _seal(self, folder: Path, wrote: bool) -> list[str]:
         """The names of the files that this rank wrote, its seal last; none if it wrote nothing."""
-        writers = [rank for rank, one in enumerate(dist.all_gather_object(wrote)) if one]
+        answers = dist.all_gather_object((wrote, secrets.token_hex(8)))
+        writers, save = [rank for rank, (one, _) in enumerate(answers) if one], answers[0][1]
         if not wrote:
             return []
         part = writers.index(dist.get_global_rank())
@@ -241,7 +295,7 @@ class Checkpointer(Callback):
         if part == 0:
             (folder / CONFIG).write_text(self.config)
             files += [CONFIG, *(file.name for file in folder.glob(SHARDED))]
-        return [*files, seal(folder, files, part, len(writers))]
+        return [*files, seal(folder, files, part, len(writers), save)]
 
     def _rotate(self) -> None:
         if self.keep > 0 and dist.get_global_rank() == 0:
@@ -250,14 +304,25 @@ class Checkpointer(Callback):
             except Exception as error:  # too many checkpoints are no reason to stop
                 log.warning("old checkpoints in %s could not be deleted: %s", self.folder, reason(error))
 
-    def _check_uploads(self, wait: bool = False) -> None:
+    def _wait_for_uploads(self) -> None:
+        """Wait for all ranks' uploads, in short exchanges, for a long one would pass for a hang. A collective call.
+
+        Raises:
+            UserError: one has failed for good, on whichever rank.
+        """
         if self.uploader is None:
             return
-        if wait:
-            self.uploader.wait()
-        self.safe = self.uploader.done or self.safe
-        if self.uploader.failure:
-            raise UserError(f"{self.uploader.failure}{self._safe()}")
+        while True:
+            mine = (self.uploader.busy, self.uploader.failure, self.uploader.used, self.uploader.done)
+            busy, failures, used, done = zip(*dist.all_gather_object(mine), strict=True)
+            arrived = [name for uses, name in zip(used, done, strict=True) if uses]
+            if arrived and all(arrived):
+                self.safe = min(arrived, key=age)
+            for failure in filter(None, failures):
+                raise UserError(f"{failure}{self._safe()}")
+            if not any(busy):
+                return
+            time.sleep(0.2)
 
     def _safe(self) -> str:
         return f"; {self.safe} is the newest safe checkpoint" if self.safe else "; no checkpoint of this start is safe"
@@ -265,23 +330,34 @@ class Checkpointer(Callback):
     def finish(self, state: State, metrics: Path) -> None:
         """Save the end of the run with its last evaluation, and wait for the uploads. A collective call."""
         self.save(state)
-        self._check_uploads(wait=True)
+        self._wait_for_uploads()
         if dist.get_global_rank() == 0:
             checkpoint = self.local / name_at(*_time(state))
             checkpoint.mkdir(exist_ok=True)
             shutil.copyfile(metrics, checkpoint / METRICS)
             if self.uploader is not None:
                 self.uploader.put(checkpoint, [METRICS], self._rotate)
-        self._check_uploads(wait=True)
-        dist.barrier()
+        self._wait_for_uploads()
         self._rotate()
 
     def _leave(self, state: State, stopping: int) -> None:
-        self._check_uploads(wait=True)
+        self.stop.ignore()
+        self._wait_for_uploads()
         if dist.get_global_rank() == 0:
             name, step = signal.Signals(stopping).name, int(state.timestamp.batch)
             log.warning("%s: stopped after step %d, which is saved; the same command goes on", name, step)
         raise SystemExit(128 + stopping)
+
+
+def _disk_fault(error: BaseException) -> str | None:
+    """What the operating system said when a file could not be written, if that is what went wrong."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = str(error)
+    return "the disk is full, or fails" if "PytorchStreamWriter" in text or "inline_container" in text else None
 
 
 def _time(state: State) -> tuple[int, int]:
