@@ -252,6 +252,8 @@ def check_whole(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise DamagedError(f"{path.name} is damaged: {damaged} in it does not match its checksum")
+    except FileNotFoundError as error:
+        raise DamagedError("there is no such file") from error
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
         raise DamagedError(f"{path.name} is truncated, damaged or no checkpoint: {reason(error)}") from error
 

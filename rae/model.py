@@ -150,7 +150,10 @@ class RAEModel(ComposerModel):
 
 def to_float(image: Tensor) -> Tensor:
     """uint8 or float image -> float32 in [0, 1]."""
-    return image.float() / 255 if image.dtype == torch.uint8 else image
+    if image.dtype != torch.uint8:
+        return image
+    # The loader's batches are channels_last, in which convolutions would sum in another order than the reference's.
+    return image.to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 def quantize(image: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import composer.algorithms
 import torch
-from composer import Evaluator, Trainer
+from composer import Evaluator, Time, Trainer
 from composer.devices import Device
 from composer.optim import ComposerScheduler
 from composer.utils import dist, get_device, reproducibility
@@ -115,10 +115,11 @@ def _check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         try:
-            if not re.match(r"0*[1-9]|0?\.0*[1-9]|0\.0*[1-9]", parse_time(f"{value}ep" if _is_count(value) else value)):
-                raise ValueError(f"{value!r} must be more than 0")
+            time = parse_time(f"{value}ep" if _is_count(value) else value)
         except ValueError as error:
             raise UserError(f"trainer.{key}: {error}") from error
+        if Time.from_timestring(time).value <= 0 and key != "eval_interval":  # where it means never
+            raise UserError(f"trainer.{key}: {value!r} must be more than 0")
     if str(arguments.get("save_interval", "")).endswith("iter"):
         raise UserError("trainer.save_interval: iterations are not counted here; write it in ep, ba, sp, sec or dur")
     return arguments
@@ -131,13 +132,10 @@ def _is_count(value: Any) -> bool:
 def _check_saving(config: Config) -> None:
     arguments = config.trainer
     folder, keep = arguments.get("save_folder"), arguments.get("save_num_checkpoints_to_keep", -1)
-    for key, text in (
-        ("run_name", config.run_name),
-        ("run_dir", config.run_dir),
-        ("trainer.save_folder", folder or ""),
-    ):
-        if set("{}") & set(text.replace("{run_name}", "") if key == "trainer.save_folder" else text):
-            raise UserError(f"{key}: {text!r} must have no braces; only trainer.save_folder may have {{run_name}}")
+    named = (folder or "").replace("{run_name}", "")
+    for key, text in (("run_name", config.run_name), ("run_dir", config.run_dir), ("trainer.save_folder", named)):
+        if set("{}") & set(text):
+            raise UserError(f"{key}: it must have no braces (but for {{run_name}} in trainer.save_folder)")
     if keep != -1 and keep < 1:
         raise UserError(f"trainer.save_num_checkpoints_to_keep: {keep} must be at least 1, or -1 to keep all")
     if folder is None:
@@ -210,20 +208,20 @@ def build_trainer(config: Config) -> Trainer:
     )
     ignored = arguments.pop("load_ignore_keys", None)
     expected = None if ignored or arguments.get("load_strict_model_weights") is False else model
-    with _loading(config, checkpoint, ignored, expected) as load, _explained(config):
+    with _loading(config, checkpoint, ignored, expected) as load, _explained(checkpoint):
         return Trainer(**passed, **arguments, **load)
 
 
 @contextmanager
-def _explained(config: Config) -> Iterator[None]:
+def _explained(checkpoint: Path | None) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
         raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
     except (RuntimeError, KeyError, CheckpointException) as error:
-        if isinstance(error, RuntimeError) and "state_dict" not in str(error):
+        if checkpoint is None or (isinstance(error, RuntimeError) and "state_dict" not in str(error)):
             raise
-        raise UserError(_OTHER_MODEL.format(f"of {config.run_name!r}")) from error
+        raise UserError(_OTHER_MODEL.format(checkpoint)) from error
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_what_does_not_go_with_sharding_is_refused(config_file, monkeypatch, ove
         (["trainer.save_interval=10iter"], "iterations are not counted"),
         (["trainer.max_duration=-1ep"], "must be more than 0"),
         (["trainer.save_folder=runs/{rank}"], "no braces"),
-        (["run_dir='runs/{x}'"], r"run_dir: .* must have no braces"),
+        (["run_dir='runs/{x}'"], "run_dir: it must have no braces"),
     ],
 )
 def test_faults_in_saving(config_file, overrides, message):

@@ -166,7 +166,7 @@ def test_weights_loaded_without_an_average_begin_one(settings, tmp_path):
     first = train(Config.model_validate(settings))
     settings |= {"run_dir": str(tmp_path / "other")}
     settings["trainer"] |= {
-        "load_path": str(tmp_path / "run/checkpoints/latest-rank0.pt"),
+        "load_path": str(tmp_path / "run/checkpoints"),
         "load_weights_only": True,
         "max_duration": "1ba",
     }

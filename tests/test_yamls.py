@@ -70,7 +70,7 @@ def test_trains_two_batches(name, shards, tmp_path, backbones, monkeypatch):
     assert {"loss/train/gan", "gan/adaptive_weight"} <= second.keys()
     evaluated = {n for r in metrics_of(tmp_path / "run") for n in r if n.startswith("metrics/eval/")}
     assert evaluated == {f"metrics/eval/{metric}" for metric in config.metrics}
-    assert list((tmp_path / "run/checkpoints").glob("*-rank0.pt"))
+    assert list((tmp_path / "run/checkpoints").glob("*/state.pt"))
     assert list((tmp_path / "run/pictures").glob("*.png"))
 
 
