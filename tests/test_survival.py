@@ -69,7 +69,7 @@ def end(process: subprocess.Popen, seconds: float = 120) -> int:
 
 def keep_until(run_dir: Path, batch: int) -> None:
     """What a kill just after the checkpoint of step ``batch`` leaves."""
-    for checkpoint in (run_dir / "checkpoints").iterdir():
+    for checkpoint in (run_dir / "checkpoints").glob("ep*"):
         if int(checkpoint.name.partition("-ba")[2]) > batch:
             shutil.rmtree(checkpoint)
 
