@@ -334,7 +334,7 @@ class ImageDataset(_Shards):
         except Exception as error:
             name, file = sample.get("path", "no path column"), self.files[shard_id]
             raise BadSampleError(
-                f"sample {sample_id} ({name}; number {place} in {file}): {_first_line(error)}"
+                f"sample {sample_id} ({name}; number {place} in {file}): {first_line(error)}"
             ) from error
         image = image.clone() if self.batcher is None else self.batcher.place(image)  # a crop keeps the whole alive
         stream = int(self.stream_per_shard[shard_id])
@@ -362,7 +362,8 @@ def stored_latent(sample: dict[str, Any]) -> dict[str, Tensor]:
     return {"latent": latent, **image}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -8,7 +8,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -225,18 +225,26 @@ def _explained(checkpoint: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(run_dir: str) -> Iterator[None]:
+def _alone(folder: str, where: str) -> Iterator[None]:
     """No process of an earlier start is left, and none of a later one begins, inside this context."""
     try:
-        lock = RunLock(run_dir)
+        lock = RunLock(folder)
     except OSError as error:
-        raise UserError(f"run_dir: cannot write to {run_dir!r}: {error.strerror}") from error
+        raise UserError(f"{where}: cannot write to {folder}: {error.strerror}") from error
     with lock.file:
         if rank() == 0:
             lock.acquire()
         dist.barrier()
         lock.share()
         yield
+
+
+def _folder_alone(config: Config) -> AbstractContextManager[None]:
+    """The same for checkpoints that lie outside the run's folder, where another run could save too."""
+    folder = _save_folder(config)
+    if folder is None or is_remote(folder) or Path(folder).resolve().is_relative_to(Path(config.run_dir).resolve()):
+        return nullcontext()
+    return _alone(folder, "trainer.save_folder")
 
 
 def _checkpoint(config: Config, arguments: dict[str, Any], checkpointer: Checkpointer | None) -> Path | None:
@@ -436,10 +444,15 @@ def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch:
     return schedule if isinstance(schedule, ComposerScheduler) else LambdaLR(optimizer, schedule)
 
 
+def _save_folder(config: Config) -> str | None:
+    folder = config.trainer.get("save_folder", f"{config.run_dir}/checkpoints")
+    return folder and folder.replace("{run_name}", config.run_name)
+
+
 def _checkpointer(config: Config, arguments: dict[str, Any]) -> Checkpointer | None:
     """What saves this run, from the trainer's arguments of Composer's names, which it takes out of ``arguments``."""
-    folder = arguments.pop("save_folder", f"{config.run_dir}/checkpoints")
-    folder = folder and folder.replace("{run_name}", config.run_name)
+    arguments.pop("save_folder", None)
+    folder = _save_folder(config)
     interval = str(arguments.pop("save_interval", "1ep"))
     keep = arguments.pop("save_num_checkpoints_to_keep", -1)
     if folder is None:
@@ -495,8 +508,7 @@ def train(config: Config) -> Trainer:
     for message in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=message)
     _initialize(config)
-    folder = config.trainer.get("save_folder")
-    with _alone(config.run_dir), nullcontext() if folder is None or is_remote(folder) else _alone(folder):
+    with _alone(config.run_dir, "run_dir"), _folder_alone(config):
         trainer = build_trainer(config)
         checkpointers = [c for c in trainer.state.callbacks if isinstance(c, Checkpointer)]
         try:

@@ -36,7 +36,7 @@ from streaming.base.util import bytes_to_int
 from torchvision.io import encode_jpeg
 
 from rae.config import is_remote
-from rae.data import Reader, decode, resize_short_side, shard_fault, start_worker
+from rae.data import Reader, decode, first_line, resize_short_side, shard_fault, start_worker
 from rae.registry import UserError
 from rae.storage import RemoteFolder, reason
 
@@ -291,10 +291,6 @@ def fetch(url: str, local: str) -> str | None:
     return local
 
 
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def shuffled(positions: np.ndarray, size: int) -> np.ndarray:
     """Where a fixed permutation of ``range(size)`` sends each position; no table of it is kept.
 
@@ -541,9 +537,9 @@ def _read_encoded(job: Job, part: int) -> Iterator[tuple[str, bytes, int, str]]:
         except OSError as error:
             if error.errno is not None:
                 raise  # the disk's fault, not the image's
-            yield name, b"", label, f"{type(error).__name__}: {_line(error)}"
+            yield name, b"", label, f"{type(error).__name__}: {first_line(error)}"
         except Exception as error:
-            yield name, b"", label, f"{type(error).__name__}: {_line(error)}"
+            yield name, b"", label, f"{type(error).__name__}: {first_line(error)}"
 
 
 def _read_ahead(source: Any, indices: np.ndarray) -> Iterator[tuple[int, Callable[[], Any]]]:
@@ -647,7 +643,7 @@ def read_index(url: str) -> dict[str, Any]:
             index = json.loads(Path(path).read_text())
             [reader_from_json("", None, shard) for shard in index["shards"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{name} is damaged: {type(error).__name__}: {_line(error)}") from error
+            raise UserError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}") from error
     return index
 
 
@@ -680,7 +676,7 @@ def _summary_faults(url: str, index: dict[str, Any]) -> list[str]:
             summary = json.loads(Path(path).read_text())
             expected = (summary["images"], summary["content_hash"])
         except (ValueError, KeyError, TypeError) as error:
-            return [f"{name} is damaged: {type(error).__name__}: {_line(error)}"]
+            return [f"{name} is damaged: {type(error).__name__}: {first_line(error)}"]
     found = (sum(shard["samples"] for shard in index["shards"]), content_hash(index["shards"]))
     return [] if found == expected else [f"{INDEX} is not that of {SUMMARY}: it lists {found[0]:,} images"]
 
@@ -718,5 +714,7 @@ def _image_faults(reader: Reader, name: str) -> tuple[int, list[str]]:
             if isinstance(sample.get("image"), memoryview):  # beside latents, images are arrays
                 decode(sample["image"])
         except Exception as error:
-            faults.append(f"{name}: number {i} ({sample.get('path', 'unreadable')}) does not decode: {_line(error)}")
+            faults.append(
+                f"{name}: number {i} ({sample.get('path', 'unreadable')}) does not decode: {first_line(error)}"
+            )
     return reader.samples - len(faults), faults

@@ -200,6 +200,17 @@ def test_folders_that_cannot_be_used_are_found_at_the_start(shards, undisturbed,
         train_here(settings)
 
 
+@pytest.mark.parametrize("place", ["run", "{run_name}"])
+def test_the_folder_of_checkpoints_may_be_the_runs_own_and_name_it(shards, tmp_path, place):
+    settings = resumable(shards, tmp_path / "run")
+    settings["data"] |= {"workers": 0, "eval": None}
+    settings |= {"metrics": {}, "callbacks": {}}
+    settings["trainer"] |= {"max_duration": "2ba", "save_folder": str(tmp_path / place)}
+    train_here(settings)
+    assert (tmp_path / "run/ep0-ba2/state.pt").is_file()
+    assert not (tmp_path / "{run_name}").exists()
+
+
 def test_a_disk_that_is_full_is_one_line(shards, tmp_path):
     settings = resumable(shards, tmp_path / "run")
     settings["data"] |= {"workers": 0, "eval": None}

@@ -192,7 +192,6 @@ class Checkpointer(Callback):
         self.local = Path(run_dir, "uploads", f"node{dist.get_node_rank()}") if self.remote else Path(folder)
         # Who moves what all have written to its place: one for each disk.
         self.mover = (dist.get_local_rank() if self.remote else dist.get_global_rank()) == 0
-        self.upload_attempts = upload_attempts
         self.due = create_interval_scheduler(interval)
         self.saved_at: tuple[int, int] | None = None
         self.uploader = Uploader(folder, upload_attempts) if self.remote else None
