@@ -1,8 +1,6 @@
-"""The figures of a run as one picture: ``python -m rae.curves RUN_DIR``."""
+"""The figures of a run as one picture."""
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 from rae.registry import UserError
@@ -65,17 +63,3 @@ def plot(run_dir: str) -> Path:
 
 def _short(name: str) -> str:
     return name.split("/")[1 if name.startswith("metrics/") else -1]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", help="a run's folder, e.g. runs/demo")
-    try:
-        print(plot(parser.parse_args().run_dir))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

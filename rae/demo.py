@@ -136,7 +136,7 @@ def main() -> None:
     shutil.rmtree(RUN, ignore_errors=True)
     train_and_stop()
     _run(TRAIN)
-    _run(["python", "-m", "rae.curves", str(RUN)])
+    _run(["python", "-m", "rae", "curves", str(RUN)])
     last = Image.open(sorted((RUN / "pictures").iterdir())[-1])
     last.resize((2 * last.width, 2 * last.height), Image.Resampling.NEAREST).save(RUN / "reconstructions.png")
     metrics = json.loads((RUN / "metrics.json").read_text())["eval"]

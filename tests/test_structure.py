@@ -15,7 +15,8 @@ GROUPS = [
     {"algorithms", "callbacks"},
     {"parallelism", "resume"},
     {"run", "curves"},
-    {"demo", "bench", "bench_data"},
+    {"commands"},
+    {"demo", "bench", "bench_data", "__main__"},
 ]
 KNOWS_COMPOSER = {"model", "algorithms", "callbacks", "parallelism", "resume", "run", "bench"}
 
