@@ -33,6 +33,10 @@ $(VENV)/.ready: pyproject.toml
 	@echo "installing into $(VENV) (6 GB, a few minutes)"
 	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
 	@python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@# diffusers and streaming cannot share an environment: they want transformers above and below 5. The tests run the
+	@# one that reads our exports as a process of its own, on this folder and the same torch.
+	@rm -rf $(VENV)/diffusers
+	@python -m pip install --quiet --disable-pip-version-check --target $(VENV)/diffusers 'diffusers>=0.42,<0.43' 'transformers>=5,<6'
 	@touch $@
 
 clean:
