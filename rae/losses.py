@@ -1,6 +1,9 @@
 """Losses between images in [0, 1], GAN losses on logits, and the adaptive weight between them."""
 
+import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +50,53 @@ D_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 G_LOSSES = {"linear": linear_g_loss, "softplus": softplus_g_loss}
 
 
+class _Backpropagate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return grad_output * gradient, None, None
+
+
+def with_gradient(value: Tensor, tensor: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar of the given value whose gradient at ``tensor`` is the given one."""
+    return _Backpropagate.apply(tensor, gradient, value)  # type: ignore[return-value]
+
+
+def gradient_at(loss: Tensor, tensor: Tensor, scale: float = 1.0) -> Tensor:
+    """∂loss/∂tensor in fp32; ``scale`` keeps an fp16 backward pass from underflowing and is divided out again."""
+    (gradient,) = torch.autograd.grad(loss * scale, tensor)
+    return gradient.float() / scale
+
+
+def value_and_gradient(
+    loss: Callable[..., Tensor], tensor: Tensor, *others: Tensor, chunk: int | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """A loss and its gradient at ``tensor``, both detached, with at most ``chunk`` images' activations in memory.
+
+    A loss network needs no graph once its gradient at the reconstruction is known, so parts of a batch can go
+    through it one after the other.
+
+    Args:
+        loss: (tensor, *others) -> the mean over their first dimension of what each image has by itself.
+        tensor, others: (B, …), split alike.
+        chunk: images at a time; None takes all.
+        scale: see :func:`gradient_at`.
+    """
+    count = math.ceil(len(tensor) / chunk) if chunk else 1
+    value, gradients = torch.zeros((), device=tensor.device), []
+    for parts in zip(*(t.detach().tensor_split(count) for t in (tensor, *others)), strict=True):
+        part = parts[0].requires_grad_()
+        mean = loss(part, *parts[1:]) * (len(part) / len(tensor))
+        gradients.append(gradient_at(mean, part, scale))
+        value += mean.detach()
+    return value, gradients[0] if count == 1 else torch.cat(gradients)
+
+
 def last_layer_gradient(grad_image: Tensor, hidden: Tensor, patch_size: int) -> Tensor:
     """The gradient of the decoder's last weight, from the gradient at the (normalised) image, in fp32.
 
@@ -67,6 +117,46 @@ def last_layer_gradient(grad_image: Tensor, hidden: Tensor, patch_size: int) -> 
 def adaptive_weight(grad_rec: Tensor, grad_gan: Tensor, maximum: float = 1e4) -> Tensor:
     """‖∂L_rec/∂W‖ / (‖∂L_gan/∂W‖ + 1e-6), clamped to [0, maximum] (VQGAN, arXiv 2012.09841, eq. 7)."""
     return (grad_rec.norm() / (grad_gan.norm() + 1e-6)).clamp(0, maximum)
+
+
+class _UnitDistance(torch.autograd.Function):
+    """Written out because autograd would keep and pass over the largest feature maps about twenty times."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, y, weight)
+        difference = _unit(x)[0].sub_(_unit(y)[0]).square_().mean(dim=(2, 3))
+        return difference.sum(dim=1) if weight is None else difference @ weight
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        x, y, weight = ctx.saved_tensors
+        unit, norm = _unit(x)
+        scale = grad_output.view(-1, 1, 1, 1) * (2 / x[0, 0].numel())
+        gradient = (unit - _unit(y)[0]).mul_(scale if weight is None else scale * weight.view(-1, 1, 1))
+        radial = torch.linalg.vecdot(gradient, unit, dim=1).unsqueeze(1)
+        gradient.addcmul_(unit, radial, value=-1).div_(norm)
+        return gradient.to(x.dtype), None, None
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).add_(1e-10)
+    return x / norm, norm
+
+
+def unit_distance(x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Σ_c w_c (x_c/‖x‖ − y_c/‖y‖)² at each place, averaged over places: a level of LPIPS (arXiv 1801.03924, eq. 1).
+
+    In fp32; only ``x`` gets a gradient, which is 0 where ``x`` is.
+
+    Args:
+        x, y: features (B, C, h, w).
+        weight: (C,), or None for ones.
+
+    Returns:
+        (B,)
+    """
+    return _UnitDistance.apply(x, y, weight)  # type: ignore[return-value]
 
 
 class LPIPS(nn.Module):
@@ -95,11 +185,19 @@ class LPIPS(nn.Module):
                 raise UserError(f"lpips: the tensors in {weights} are not those of torchvision's {network}")
             backbone[name] = state[source]
         model.net.load_state_dict(backbone)
-        self.model = Frozen(model)
+        self.scaling, self.features = model.scaling_layer, Frozen(model.net.to(memory_format=torch.channels_last))
+        for level, lin in enumerate(model.lins):
+            self.register_buffer(f"weight{level}", lin.model[-1].weight.detach().flatten(), persistent=False)
 
     def per_image(self, recon: Tensor, image: Tensor) -> Tensor:
         """(B, 3, H, W) each -> (B,)"""
-        return self.model(recon * 2 - 1, image * 2 - 1).flatten()
+        with torch.no_grad():
+            targets = self._features_of(image)
+        levels = zip(self._features_of(recon), targets, strict=True)
+        return sum(unit_distance(x, y, self.get_buffer(f"weight{i}")) for i, (x, y) in enumerate(levels))  # type: ignore[return-value]
+
+    def _features_of(self, image: Tensor) -> list[Tensor]:
+        return self.features(self.scaling(image * 2 - 1).contiguous(memory_format=torch.channels_last))
 
     def forward(self, recon: Tensor, image: Tensor) -> Tensor:
         return self.per_image(recon, image).mean()
@@ -140,9 +238,8 @@ class FeatureDistance(nn.Module):
     def per_image(self, recon: Tensor, image: Tensor) -> Tensor:
         """(B, 3, H, W) each -> (B,)"""
         with torch.no_grad():
-            targets = [F.normalize(f, dim=1) for f in self.features(image)]
-        outputs = [F.normalize(f, dim=1) for f in self.features(recon)]
-        levels = [(o - t).square().sum(dim=1).mean(dim=(1, 2)) for o, t in zip(outputs, targets, strict=True)]
+            targets = self.features(image)
+        levels = [unit_distance(x, y) for x, y in zip(self.features(recon), targets, strict=True)]
         return torch.stack(levels).sum(dim=0)
 
     def forward(self, recon: Tensor, image: Tensor) -> Tensor:

@@ -9,7 +9,14 @@ from composer.loggers import Logger
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import reached
 from rae.config import Config
-from rae.losses import FeatureDistance, adaptive_weight, last_layer_gradient
+from rae.losses import (
+    LPIPS,
+    FeatureDistance,
+    adaptive_weight,
+    last_layer_gradient,
+    unit_distance,
+    value_and_gradient,
+)
 from rae.model import quantize, to_float
 from rae.registry import build
 from rae.run import build_model
@@ -129,6 +136,59 @@ def test_last_layer_gradient_is_autograds(parts):
     assert relative_error(last_layer_gradient(gradient * model.rae.image_std, hidden, 16), expected) < 1e-5
 
 
+def test_unit_distance_has_autograds_gradient():
+    x, y = torch.randn(2, 5, 3, 4).requires_grad_(), torch.randn(2, 5, 3, 4)
+    for weight in (None, torch.rand(5)):
+        normalized = torch.nn.functional.normalize(x, dim=1) - torch.nn.functional.normalize(y, dim=1)
+        scale = 1.0 if weight is None else weight.view(-1, 1, 1)
+        expected = (normalized.square() * scale).sum(dim=1).mean(dim=(1, 2))
+        found = unit_distance(x, y, weight)
+        assert relative_error(found, expected) < 1e-5
+        upstream = torch.tensor([1.0, -2.0])
+        gradients = [torch.autograd.grad(value, x, upstream)[0] for value in (found, expected)]
+        assert relative_error(*gradients) < 1e-5
+
+
+def test_unit_distance_of_dead_features_is_finite():
+    x = torch.zeros(1, 3, 2, 2).requires_grad_()
+    value = unit_distance(x, torch.ones(1, 3, 2, 2))
+    assert value.item() == pytest.approx(1.0)
+    assert torch.isfinite(torch.autograd.grad(value.sum(), x)[0]).all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("network", ["vgg", "alex", "squeeze"])
+def test_lpips_is_the_published_packages(network, tmp_path):
+    """With the same (random) backbone: values and gradients at the reconstruction."""
+    torch.manual_seed(0)
+    import lpips
+    import torchvision
+
+    backbone = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}[network]
+    state = getattr(torchvision.models, backbone)(weights=None).state_dict()
+    torch.save(state, tmp_path / "backbone.pth")
+    ours = LPIPS(network, str(tmp_path / "backbone.pth"))
+    theirs = lpips.LPIPS(net=network, pnet_rand=True, verbose=False).eval()
+    theirs.net.load_state_dict({name: state["features." + name.split(".", 1)[1]] for name in theirs.net.state_dict()})
+    recon, image = torch.rand(2, 3, 64, 64).requires_grad_(), torch.rand(2, 3, 64, 64)
+    values = [ours.per_image(recon, image), theirs(recon * 2 - 1, image * 2 - 1).flatten()]
+    assert relative_error(*values) < 1e-5
+    gradients = [torch.autograd.grad(value.sum(), recon)[0] for value in values]
+    assert relative_error(*gradients) < 1e-3  # a max-pool's tie goes one way or the other by rounding
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_a_loss_in_chunks_is_the_same(parts, chunk):
+    _, perceptual, _, batch = parts
+    image = to_float(batch["image"])
+    recon = torch.rand_like(image)
+    whole = value_and_gradient(perceptual.network, recon, image)
+    chunked = value_and_gradient(perceptual.network, recon, image, chunk=chunk)
+    assert perceptual.network.backward_passes == 1 + 6 // chunk + (6 % chunk > 0)
+    for a, b in zip(whole, chunked, strict=True):
+        assert relative_error(b, a) < 1e-5
+
+
 def test_adaptive_weight_is_capped_and_finite():
     one, zero = torch.ones(3, 3), torch.zeros(3, 3)
     assert adaptive_weight(one, zero, 1e4) == 1e4
@@ -168,7 +228,8 @@ def test_fp16_scales_the_loss_networks_gradients_and_the_discriminators(parts, t
     expected = torch.cat([g.flatten() for g in exact.values()])
     assert torch.nn.functional.cosine_similarity(flat, expected, dim=0) > 0.99
     before = [p.detach().clone() for p in adversarial.parameters]
-    figures = adversarial._update(state)
+    seen = [(to_float(image), adversarial._fake(state, latent)) for image, latent in adversarial.seen]
+    figures = adversarial._update(state, seen)
     assert all(torch.isfinite(p).all() for p in adversarial.parameters)
     assert any(not torch.equal(p, b) for p, b in zip(adversarial.parameters, before, strict=True))
     assert 0 <= figures["discriminator/accuracy"] <= 1
@@ -187,10 +248,14 @@ def test_discriminator_update_does_not_depend_on_microbatches(parts, tmp_path, f
         with torch.no_grad():
             outputs = model(batch)
         fake = outputs["latent" if fakes == "fresh" else "recon"]
-        adversarial.seen = list(zip(batch["image"].chunk(microbatches), fake.chunk(microbatches), strict=True))
+        images = to_float(batch["image"]).chunk(microbatches)
+        shown = [adversarial._fake(state, part) for part in fake.chunk(microbatches)]
+        pairs = list(zip(images, shown, strict=True))
         # Spectral norm takes a power step a call; in eval mode it takes none, so that only the sums are compared.
         adversarial.discriminator.train = lambda mode=True: torch.nn.Module.train(adversarial.discriminator, False)
-        states.append(adversarial._update(state) | {"norm": float(sum(p.grad.norm() for p in adversarial.parameters))})
+        states.append(
+            adversarial._update(state, pairs) | {"norm": float(sum(p.grad.norm() for p in adversarial.parameters))}
+        )
         del adversarial.discriminator.train
     assert states[1].pop("lr/discriminator") == pytest.approx(2 * states[0].pop("lr/discriminator"))  # warm-up
     for name, value in states[0].items():

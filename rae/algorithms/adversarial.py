@@ -11,25 +11,19 @@ from composer.utils import dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rae.algorithms.base import reached
+from rae.algorithms.base import in_precision, loss_scale, reached
 from rae.discriminator import diff_augment
-from rae.losses import D_LOSSES, G_LOSSES, adaptive_weight, last_layer_gradient
+from rae.losses import (
+    D_LOSSES,
+    G_LOSSES,
+    adaptive_weight,
+    gradient_at,
+    last_layer_gradient,
+    value_and_gradient,
+    with_gradient,
+)
 from rae.model import RAEModel, quantize, to_float
 from rae.registry import PluginEntry, TimeString, build, check_arguments, register
-
-
-class _Backpropagate(torch.autograd.Function):
-    """A scalar with a given value whose gradient at ``tensor`` is a given one."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (gradient,) = ctx.saved_tensors
-        return grad_output * gradient, None, None
 
 
 def adversarial_last(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algorithm]:
@@ -38,12 +32,6 @@ def adversarial_last(algorithms: Sequence[Algorithm], event: Event) -> Sequence[
     It needs the whole reconstruction loss, and Composer runs AFTER events in reverse order.
     """
     return sorted(algorithms, key=lambda algorithm: isinstance(algorithm, Adversarial))
-
-
-def gradient_at(loss: Tensor, tensor: Tensor, scale: float) -> Tensor:
-    """∂loss/∂tensor; ``scale`` keeps an fp16 backward pass from underflowing and is divided out again."""
-    (gradient,) = torch.autograd.grad(loss * scale, tensor)
-    return gradient.float() / scale
 
 
 @register("algorithm", "adversarial", context=("steps_per_epoch",))
@@ -72,6 +60,8 @@ class Adversarial(Algorithm):
             its amounts, false turns it off.
         fakes: ``fresh`` decodes the clean latents again with the updated weights, ``reused`` takes the step's
             own reconstructions (of noised latents, from before the update).
+        chunk: reconstructions that the autoencoder's term takes through the discriminator at a time; fewer need less
+            memory, and the numbers are the same.
     """
 
     def __init__(
@@ -90,7 +80,10 @@ class Adversarial(Algorithm):
         updates_per_step: int = 1,
         augment: bool | dict[str, float] = True,
         fakes: Literal["fresh", "reused"] = "fresh",
+        chunk: int | None = 8,
     ):
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, not {chunk}")
         if updates_per_step < 1:
             raise ValueError(f"updates_per_step must be at least 1, not {updates_per_step}")
         where = "algorithms.adversarial"
@@ -115,7 +108,7 @@ class Adversarial(Algorithm):
         self.discriminator_loss, self.generator_loss = D_LOSSES[loss], G_LOSSES[generator_loss]
         self.weight, self.adaptive, self.max_adaptive_weight = weight, adaptive, max_adaptive_weight
         self.start, self.discriminator_start = start, discriminator_start
-        self.updates_per_step, self.fakes = updates_per_step, fakes
+        self.updates_per_step, self.fakes, self.chunk = updates_per_step, fakes, chunk
         self.augmentation = {} if augment is True else augment
         self.seen: list[tuple[Tensor, Tensor]] = []  # (image, latent or reconstruction) of each microbatch
         self.adaptive_weights: list[Tensor] = []
@@ -135,8 +128,9 @@ class Adversarial(Algorithm):
             if reached(state, self.start):
                 self._add_term(state)
         elif self.seen:
+            pairs = [(to_float(image), self._fake(state, fake)) for image, fake in self.seen]
             for _ in range(self.updates_per_step):
-                figures = self._update(state)
+                figures = self._update(state, pairs)
             logger.log_metrics(figures)
             self.seen = []
 
@@ -158,19 +152,22 @@ class Adversarial(Algorithm):
 
     def _add_term(self, state: State) -> None:
         """Replace the total by one that also holds the GAN term and needs a single backward pass."""
-        recon, model = state.outputs["recon"], _unwrapped(state)
-        scale = state.scaler.get_scale() if state.precision == Precision.AMP_FP16 else 1.0
-        fake = recon.detach().requires_grad_()
-        self.discriminator.eval()
+        recon, model, scale = state.outputs["recon"], _unwrapped(state), loss_scale(state)
         grad_rec = gradient_at(state.loss["total"], recon, scale)
-        with get_precision_context(state.precision):
-            logits = self.discriminator(self._augmented(fake))
-        gan = self.generator_loss(logits.float())
-        grad_gan = gradient_at(gan, fake, scale)
+        fake = recon.detach().requires_grad_()
+        augmented = self._augmented(fake)
+        self.discriminator.eval()
+        gan, grad_augmented = value_and_gradient(
+            in_precision(state, self._verdict), augmented, chunk=self.chunk, scale=scale
+        )
+        (grad_gan,) = torch.autograd.grad(augmented, fake, grad_augmented)
         weight = self.weight * self._balance(grad_rec, grad_gan, state.outputs["hidden"], model)
-        total = state.loss["total"].detach() + weight * gan.detach()
-        state.loss["gan"] = gan.detach()
-        state.loss["total"] = _Backpropagate.apply(recon, grad_rec + weight * grad_gan, total)
+        total = state.loss["total"].detach() + weight * gan
+        state.loss["gan"] = gan
+        state.loss["total"] = with_gradient(total, recon, grad_rec + weight * grad_gan)
+
+    def _verdict(self, image: Tensor) -> Tensor:
+        return self.generator_loss(self.discriminator(image).float())
 
     def _balance(self, grad_rec: Tensor, grad_gan: Tensor, hidden: Tensor, model: RAEModel) -> Tensor:
         if not self.adaptive:
@@ -188,20 +185,24 @@ class Adversarial(Algorithm):
         self.adaptive_weights.append(weight)
         return weight
 
-    def _update(self, state: State) -> dict[str, float]:
-        """One discriminator step on the step's images, microbatched as the autoencoder's was."""
+    @torch.no_grad()
+    def _fake(self, state: State, seen: Tensor) -> Tensor:
+        """What the discriminator is shown: 8-bit reconstructions, fresh from the latents or the step's own."""
+        with get_precision_context(state.precision):
+            return quantize(_unwrapped(state).rae.decode(seen) if self.fakes == "fresh" else seen)
+
+    def _update(self, state: State, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """One discriminator step on (real, fake) of each microbatch."""
         self.discriminator.train()
         self.optimizer.zero_grad(set_to_none=True)
-        samples = sum(len(image) for image, _ in self.seen)
+        samples = sum(len(real) for real, _ in pairs)
         figures = torch.zeros(4, device=self.parameters[0].device)
-        for image, fake in self.seen:
-            share = len(image) / samples
+        for real, fake in pairs:
+            share = len(real) / samples
             with get_precision_context(state.precision):
-                with torch.no_grad():
-                    fake = quantize(_unwrapped(state).rae.decode(fake) if self.fakes == "fresh" else fake)
                 # Fake before real: each call takes a step of spectral norm's power iteration.
                 logits_fake = self.discriminator(self._augmented(fake)).float()
-                logits_real = self.discriminator(self._augmented(to_float(image))).float()
+                logits_real = self.discriminator(self._augmented(real)).float()
             loss = self.discriminator_loss(logits_real, logits_fake)
             self.scaler.scale(loss * share).backward()
             accuracy = (logits_real > logits_fake).float().mean()
@@ -224,13 +225,16 @@ class Adversarial(Algorithm):
 
     def _named(self, figures: Tensor, learning_rate: float) -> dict[str, float]:
         dist.all_reduce(figures)
-        names = ("loss", "logits_real", "logits_fake", "accuracy")
-        named = dict(zip(names, (figures / dist.get_world_size()).tolist(), strict=True))
-        named = {f"discriminator/{name}": value for name, value in named.items()}
-        named["lr/discriminator"] = learning_rate
+        values = {
+            name: figure / dist.get_world_size()
+            for name, figure in zip(("loss", "logits_real", "logits_fake", "accuracy"), figures, strict=True)
+        }
+        named = {f"discriminator/{name}": value for name, value in values.items()}
         if self.adaptive_weights:
-            named["gan/adaptive_weight"] = torch.stack(self.adaptive_weights).mean().item()
-        return named
+            named["gan/adaptive_weight"] = torch.stack(self.adaptive_weights).mean()
+        # One transfer for all of them: each makes the processor wait for the device.
+        floats = torch.stack(list(named.values())).tolist()
+        return {**dict(zip(named, floats, strict=True)), "lr/discriminator": learning_rate}
 
     def state_dict(self) -> dict[str, Any]:
         return {

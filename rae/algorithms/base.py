@@ -1,9 +1,12 @@
 """What algorithms share: start times, and loss terms."""
 
+from collections.abc import Callable
+
 from composer import Algorithm, Event, Logger, State, Time
-from composer.core import TimeUnit, get_precision_context
+from composer.core import Precision, TimeUnit, get_precision_context
 from torch import Tensor, nn
 
+from rae.losses import value_and_gradient, with_gradient
 from rae.model import to_float
 
 
@@ -16,21 +19,47 @@ def reached(state: State, time: str) -> bool:
     return state.timestamp.get(when.unit) >= when
 
 
+def loss_scale(state: State) -> float:
+    """By what losses are multiplied before a backward pass; 1 but with fp16."""
+    return state.scaler.get_scale() if state.precision == Precision.AMP_FP16 else 1.0
+
+
+def in_precision(state: State, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, computed in the training precision; a backward pass through it runs outside that context."""
+
+    def computed(*args: Tensor) -> Tensor:
+        with get_precision_context(state.precision):
+            return function(*args)
+
+    return computed
+
+
 class LossTerm(Algorithm):
     """A named term, ``weight`` times a function of reconstruction and image, added to the loss from ``start`` on.
 
-    Subclass it and define :meth:`compute` to add a loss of your own. A term's gradient may reach the model through
-    the reconstruction only.
+    Subclass it and define :meth:`compute` to add a loss of your own. A term's gradient reaches the model through the
+    reconstruction only: it is taken there at once, so that the term's activations are gone before the next term's.
 
     Args:
         name: in the loss dictionary and the loggers (``loss/train/<name>``).
         weight: its factor in the total.
         start: a time string.
         network: a module the term uses, moved to the device when training starts.
+        chunk: how many images go through it at a time; None takes a whole microbatch. Fewer need less memory. It is
+            for terms that are means over images of what each image has by itself.
     """
 
-    def __init__(self, name: str, weight: float = 1.0, start: str = "0ep", network: nn.Module | None = None):
-        self.name, self.weight, self.start, self.network = name, weight, start, network
+    def __init__(
+        self,
+        name: str,
+        weight: float = 1.0,
+        start: str = "0ep",
+        network: nn.Module | None = None,
+        chunk: int | None = None,
+    ):
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, not {chunk}")
+        self.name, self.weight, self.start, self.network, self.chunk = name, weight, start, network, chunk
 
     def compute(self, recon: Tensor, image: Tensor) -> Tensor:
         """Both (B, 3, H, W), in [0, 1] (``recon`` approximately) -> scalar."""
@@ -44,7 +73,8 @@ class LossTerm(Algorithm):
             if self.network is not None:
                 state.device.module_to_device(self.network)
             return
-        with get_precision_context(state.precision):
-            value = self.compute(state.outputs["recon"], to_float(state.batch["image"]))
+        recon, image = state.outputs["recon"], to_float(state.batch["image"])
+        compute = in_precision(state, self.compute)
+        value, gradient = value_and_gradient(compute, recon, image, chunk=self.chunk, scale=loss_scale(state))
         state.loss[self.name] = value
-        state.loss["total"] = state.loss["total"] + self.weight * value
+        state.loss["total"] = state.loss["total"] + self.weight * with_gradient(value, recon, gradient)

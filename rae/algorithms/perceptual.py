@@ -21,6 +21,7 @@ class Perceptual(LossTerm):
         weights: where the backbone's weights come from; see :class:`rae.losses.LPIPS` and
             :class:`rae.backbones.TimmFeatures`.
         model, levels: of a ``timm`` network.
+        chunk: images that go through the network at a time; fewer need less memory, and the numbers are the same.
     """
 
     def __init__(
@@ -31,13 +32,14 @@ class Perceptual(LossTerm):
         weights: str | None = None,
         model: str | None = None,
         levels: list[int] | None = None,
+        chunk: int | None = 8,
     ):
         if network == "timm" and model is None:
             raise ValueError("network: timm needs model: (a timm model name)")
         if network != "timm" and (model is not None or levels is not None):
             raise ValueError("model: and levels: go with network: timm")
         distance = FeatureDistance(model, levels, weights) if model else LPIPS(network, weights)
-        super().__init__("perceptual" if model else "lpips", weight, start, distance)
+        super().__init__("perceptual" if model else "lpips", weight, start, distance, chunk)
 
     def compute(self, recon: Tensor, image: Tensor) -> Tensor:
         return self.network(recon, image)  # type: ignore[misc]
