@@ -123,40 +123,48 @@ class _UnitDistance(torch.autograd.Function):
     """Written out because autograd would keep and pass over the largest feature maps about twenty times."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, y, weight)
-        difference = _unit(x)[0].sub_(_unit(y)[0]).square_().mean(dim=(2, 3))
-        return difference.sum(dim=1) if weight is None else difference @ weight
+    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        norm = _norm(x)
+        difference = (x / norm).sub_(target)
+        ctx.save_for_backward(difference, target, norm, weight)
+        ctx.dtype = x.dtype
+        distance = torch.linalg.vector_norm(difference, dim=(2, 3)).square_() / norm[0].numel()
+        return distance.sum(dim=1) if weight is None else distance @ weight
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        x, y, weight = ctx.saved_tensors
-        unit, norm = _unit(x)
-        scale = grad_output.view(-1, 1, 1, 1) * (2 / x[0, 0].numel())
-        gradient = (unit - _unit(y)[0]).mul_(scale if weight is None else scale * weight.view(-1, 1, 1))
+        difference, target, norm, weight = ctx.saved_tensors
+        scale = grad_output.view(-1, 1, 1, 1) * (2 / norm[0].numel())
+        gradient = difference * (scale if weight is None else scale * weight.view(-1, 1, 1))
+        unit = difference + target
         radial = torch.linalg.vecdot(gradient, unit, dim=1).unsqueeze(1)
         gradient.addcmul_(unit, radial, value=-1).div_(norm)
-        return gradient.to(x.dtype), None, None
+        return gradient.to(ctx.dtype), None, None
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).add_(1e-10)
-    return x / norm, norm
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).add_(1e-10)
 
 
-def unit_distance(x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Σ_c w_c (x_c/‖x‖ − y_c/‖y‖)² at each place, averaged over places: a level of LPIPS (arXiv 1801.03924, eq. 1).
+def unit_features(x: Tensor) -> Tensor:
+    """Features (B, C, h, w) scaled to unit length over channels, in fp32."""
+    return x / _norm(x)
+
+
+def unit_distance(x: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Σ_c w_c (x_c/‖x‖ − t_c)² at each place, averaged over places: a level of LPIPS (arXiv 1801.03924, eq. 1).
 
     In fp32; only ``x`` gets a gradient, which is 0 where ``x`` is.
 
     Args:
-        x, y: features (B, C, h, w).
+        x: features (B, C, h, w).
+        target: :func:`unit_features` of the other image's.
         weight: (C,), or None for ones.
 
     Returns:
         (B,)
     """
-    return _UnitDistance.apply(x, y, weight)  # type: ignore[return-value]
+    return _UnitDistance.apply(x, target, weight)  # type: ignore[return-value]
 
 
 class LPIPS(nn.Module):
@@ -192,7 +200,7 @@ class LPIPS(nn.Module):
     def per_image(self, recon: Tensor, image: Tensor) -> Tensor:
         """(B, 3, H, W) each -> (B,)"""
         with torch.no_grad():
-            targets = self._features_of(image)
+            targets = [unit_features(y) for y in self._features_of(image)]
         levels = zip(self._features_of(recon), targets, strict=True)
         return sum(unit_distance(x, y, self.get_buffer(f"weight{i}")) for i, (x, y) in enumerate(levels))  # type: ignore[return-value]
 
@@ -238,7 +246,7 @@ class FeatureDistance(nn.Module):
     def per_image(self, recon: Tensor, image: Tensor) -> Tensor:
         """(B, 3, H, W) each -> (B,)"""
         with torch.no_grad():
-            targets = self.features(image)
+            targets = [unit_features(y) for y in self.features(image)]
         levels = [unit_distance(x, y) for x, y in zip(self.features(recon), targets, strict=True)]
         return torch.stack(levels).sum(dim=0)
 

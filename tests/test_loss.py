@@ -15,6 +15,7 @@ from rae.losses import (
     adaptive_weight,
     last_layer_gradient,
     unit_distance,
+    unit_features,
     value_and_gradient,
 )
 from rae.model import quantize, to_float
@@ -142,7 +143,7 @@ def test_unit_distance_has_autograds_gradient():
         normalized = torch.nn.functional.normalize(x, dim=1) - torch.nn.functional.normalize(y, dim=1)
         scale = 1.0 if weight is None else weight.view(-1, 1, 1)
         expected = (normalized.square() * scale).sum(dim=1).mean(dim=(1, 2))
-        found = unit_distance(x, y, weight)
+        found = unit_distance(x, unit_features(y), weight)
         assert relative_error(found, expected) < 1e-5
         upstream = torch.tensor([1.0, -2.0])
         gradients = [torch.autograd.grad(value, x, upstream)[0] for value in (found, expected)]
@@ -151,7 +152,7 @@ def test_unit_distance_has_autograds_gradient():
 
 def test_unit_distance_of_dead_features_is_finite():
     x = torch.zeros(1, 3, 2, 2).requires_grad_()
-    value = unit_distance(x, torch.ones(1, 3, 2, 2))
+    value = unit_distance(x, unit_features(torch.ones(1, 3, 2, 2)))
     assert value.item() == pytest.approx(1.0)
     assert torch.isfinite(torch.autograd.grad(value.sum(), x)[0]).all()
 
