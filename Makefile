@@ -23,7 +23,7 @@ demo: env
 	@python -m rae.demo
 
 bench-data: env
-	@python -m rae.bench_data
+	@python -m rae.bench.data
 
 env: $(VENV)/.ready
 
@@ -33,10 +33,10 @@ $(VENV)/.ready: pyproject.toml
 	@echo "installing into $(VENV) (6 GB, a few minutes)"
 	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
 	@python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
-	@# diffusers and streaming cannot share an environment: they want transformers above and below 5. The tests run the
-	@# one that reads our exports as a process of its own, on this folder and the same torch.
+	@# diffusers and streaming cannot share an environment: they want transformers from 5 on and below 5 (and diffusers 0.42
+	@# builds SigLIP with no transformers after 5.3). The tests run it as a process of its own, with this folder and our torch.
 	@rm -rf $(VENV)/diffusers
-	@python -m pip install --quiet --disable-pip-version-check --target $(VENV)/diffusers 'diffusers>=0.42,<0.43' 'transformers>=5,<6'
+	@python -m pip install --quiet --disable-pip-version-check --target $(VENV)/diffusers 'diffusers>=0.42,<0.43' 'transformers>=5.3,<5.4'
 	@touch $@
 
 clean:

@@ -16,7 +16,7 @@ GROUPS = [
     {"parallelism", "resume"},
     {"run", "curves"},
     {"commands"},
-    {"demo", "bench", "bench_data", "__main__"},
+    {"demo", "bench", "__main__"},
 ]
 KNOWS_COMPOSER = {"model", "algorithms", "callbacks", "parallelism", "resume", "run", "bench"}
 

@@ -6,6 +6,11 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one step of one rank."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
 class BeginStep(Callback):
     """Seed torch's generators from (seed, step, rank), and log the step's learning rate. Always on.
 
@@ -20,6 +25,5 @@ class BeginStep(Callback):
         self.seed = seed
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        entropy = [self.seed, int(state.timestamp.batch), dist.get_global_rank()]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        seed_step(self.seed, int(state.timestamp.batch), dist.get_global_rank())
         logger.log_metrics({"lr/decoder": state.optimizers[0].param_groups[0]["lr"]})

@@ -1,4 +1,4 @@
-"""Speed, size and memory of data loading and conversion, beside what else is used: ``python -m rae.bench_data``.
+"""Speed, size and memory of data loading and conversion, beside what else is used: ``python -m rae.bench.data``.
 
 Everything reads the same photographs, about 500 × 375 as ImageNet's are. Loading is measured in one process, per second
 of processor time, so that other work on the machine counts little, and the ways of loading take turns, so that a
@@ -192,7 +192,7 @@ def _epoch(loader: Iterable[Any]) -> float:
 def peak_memory(way: str, folder: Path) -> float:
     """MB that a process of its own takes at most to load an epoch; its imports are the greater part."""
     code = (  # Linux's own high-water mark: what getrusage says includes the process that started this one
-        "from pathlib import Path; from rae.bench_data import WAYS, _epoch, torch; torch.set_num_threads(1);"
+        "from pathlib import Path; from rae.bench.data import WAYS, _epoch, torch; torch.set_num_threads(1);"
         f"_epoch(WAYS[{way!r}][2](Path({str(folder)!r})));"
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
     )

@@ -1,43 +1,51 @@
-"""``make bench``: what the weight average and a checkpoint cost, beside what they would cost without care.
+"""What the weight average and a checkpoint cost, beside what they would cost without care.
 
-Pairs are measured in turns, and their medians printed, because a machine's speed drifts. Weights are random: sizes
-are those of the published networks.
+Weights are random: sizes are those of the published networks.
 """
 
-import argparse
 import copy
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from composer.algorithms.ema.ema import EMAParameters, compute_ema
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from rae.algorithms.ema import update_ema
+from rae.bench.measure import Seconds, console, device, in_turns, show, summary
 from rae.checkpoints import STATE, seal
 from rae.decoder import SIZES, Decoder
 
-console = Console(width=120)
+
+def measure(size: str, repeats: int, step: Seconds | None = None) -> dict[str, Any]:
+    """All of it, printed and returned; ``step`` compares the average with a measured step at the bench's sizes."""
+    networks = published(size, device().type)
+    ema = ema_cost(networks, repeats)
+    found = {
+        "ema": {name: summary(values) for name, values in ema.items()},
+        "checkpoint GB": checkpoint_bytes(),
+        "checkpoint": {name: summary(values) for name, values in checkpoint_cost(networks, repeats).items()},
+    }
+    if step is not None:
+        found["ema, share of a step"] = ema_share(step)
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the weight average and checkpoints.")
-    parser.add_argument("--size", choices=list(SIZES), default="ViTB", help="the decoder measured (default: ViTB)")
-    parser.add_argument("--repeats", type=int, default=9, help="turns of each pair (default: 9)")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    console.print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
-    networks = published(arguments.size, device)
-    ema_cost(networks, arguments.repeats)
-    checkpoint_bytes()
-    checkpoint_cost(networks, max(3, arguments.repeats // 3))
+def ema_share(step: Seconds) -> float:
+    """The average's part of the measured GAN-phase step, with the decoder of that step."""
+    weights = [
+        p.detach().to(device())
+        for p in Decoder(384, 256, embed_dim=512, depth=8, num_heads=8, mlp_dim=2048).parameters()
+    ]
+    average = [p.clone() for p in weights]
+    seconds = in_turns({"ours": lambda: update_ema(average, weights, 0.9978)}, 5)["ours"]
+    share = statistics.median(seconds) / statistics.median(step["Trainer"])
+    console.print(f"EMA: {share:.2%} of a GAN-phase step")
+    return share
 
 
 def published(size: str, device: str) -> dict[str, nn.Module]:
@@ -54,33 +62,7 @@ def published(size: str, device: str) -> dict[str, nn.Module]:
         }
 
 
-def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, measured in turns after a round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def show(title: str, seconds: dict[str, list[float]], **columns: dict[str, str]) -> None:
-    """A table of medians, ranges, and ratios to the first row."""
-    table = Table("", "median ms", "range", "of the first", *columns, title=title)
-    first = statistics.median(next(iter(seconds.values())))
-    for name, values in seconds.items():
-        middle = statistics.median(values)
-        spread = f"{min(values) * 1e3:.1f}–{max(values) * 1e3:.1f}"
-        cells = (column[name] for column in columns.values())
-        table.add_row(name, f"{middle * 1e3:.1f}", spread, f"{middle / first:.2f}", *cells)
-    console.print(table)
-
-
-def ema_cost(networks: dict[str, nn.Module], repeats: int) -> None:
+def ema_cost(networks: dict[str, nn.Module], repeats: int) -> Seconds:
     """One update of the average: ours, Composer's over the same weights, and one over all weights."""
     decoder = networks["decoder"]
     weights = [p.detach() for p in decoder.parameters()]
@@ -97,6 +79,7 @@ def ema_cost(networks: dict[str, nn.Module], repeats: int) -> None:
         repeats,
     )
     show("EMA, a step", seconds)
+    return seconds
 
 
 def tensors(networks: dict[str, nn.Module], careful: bool) -> dict[str, Any]:
@@ -117,25 +100,28 @@ def size_of(held: Any) -> int:
     return sum(size_of(value) for value in (held.values() if isinstance(held, dict) else held))
 
 
-def checkpoint_bytes() -> None:
-    """Bytes of a checkpoint with each decoder, counted without allocating anything.
+def checkpoint_bytes() -> dict[str, list[float]]:
+    """GB of a checkpoint with each decoder, ours and naive, counted without allocating anything.
 
     The naive one also holds all that is frozen, and an average of it.
     """
     table = Table("decoder", "ours GB", "naive GB", "ratio", title="checkpoint, bytes")
+    found = {}
     for size in SIZES:
         networks = published(size, "meta")
         ours, naive = (size_of(tensors(networks, careful)) for careful in (True, False))
         weights = [size_of(networks["decoder"].state_dict()), sum(size_of(n.state_dict()) for n in networks.values())]
+        found[size] = [ours / 1e9, naive / 1e9]
         table.add_row(size, f"{ours / 1e9:.2f}", f"{naive / 1e9:.2f}", f"{ours / naive:.2f}")
         table.add_row(
             f"{size}, without optimizer", f"{2 * weights[0] / 1e9:.2f}", f"{2 * weights[1] / 1e9:.2f}",
             f"{weights[0] / weights[1]:.2f}",
         )  # fmt: skip
     console.print(table)
+    return found
 
 
-def checkpoint_cost(networks: dict[str, nn.Module], repeats: int) -> None:
+def checkpoint_cost(networks: dict[str, nn.Module], repeats: int) -> Seconds:
     """Writing it: ours with its seal (hash and fsync), the naive one without."""
     careful, naive = tensors(networks, True), tensors(networks, False)
     with tempfile.TemporaryDirectory() as name:
@@ -150,7 +136,4 @@ def checkpoint_cost(networks: dict[str, nn.Module], repeats: int) -> None:
         show(
             "checkpoint, writing", seconds, MB={key: f"{file.stat().st_size / 1e6:,.0f}" for key, file in sizes.items()}
         )
-
-
-if __name__ == "__main__":
-    main()
+    return seconds

@@ -1,0 +1,164 @@
+"""``make bench``: print every ratio, and store them with a picture.
+
+Sections: step (the training step through the Trainer, in a bare loop, and as the textbook has it), limits (operations,
+distance from the machine's best, where the time goes), memory, costs (weight average, checkpoints), startup, scaling.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from rae.bench import costs, scaling, startup, step
+from rae.bench.data import make_photographs
+from rae.bench.measure import console, show, summary
+
+SECTIONS = ("step", "limits", "memory", "costs", "startup", "scaling")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m rae.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
+    parser.add_argument("--batch", type=int, default=32 if gpu else 2, help="images a step (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=10 if gpu else 4, help="turns of each pair (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of bench.json and bench.png")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory(prefix="rae-bench-") as name:
+        folder = Path(name)
+        prepare(folder)
+        found = measure(folder, arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "bench.json").write_text(json.dumps(found, indent=2) + "\n")
+    if "step" in found:
+        draw(found, arguments.out / "bench.png")
+    console.print(f"[bold]{arguments.out}/bench.json[/]")
+
+
+def prepare(folder: Path) -> None:
+    """Shards of photographs, and random weights, for all sections."""
+    make_photographs(folder / "images", 64)
+    command = [sys.executable, "convert/imagefolder_to_mds.py", folder / "images", folder / "shards", "--resize", "384"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    step.write_weights(folder)
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the sections; returns their figures."""
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": _processor()}
+    console.print("  ".join(f"{key} {value}" for key, value in machine.items()))
+    found: dict[str, Any] = {"machine": machine, "batch": arguments.batch}
+    if {"step", "limits"} & set(arguments.sections):
+        beside = step.trainer_beside(folder, arguments.batch, arguments.turns + 1)
+        found["step"] = {
+            "ratios": step.ratios(beside),
+            "seconds": {p: {k: summary(v) for k, v in s.items()} for p, s in beside.seconds.items()},
+            "deviation": beside.deviation,
+        }
+        for phase, seconds in beside.seconds.items():
+            show(f"a step: {phase}", seconds)
+        worst = {name: max(deviations.values()) for name, deviations in beside.deviation.items()}
+        console.print(f"largest deviation of a loss from the Trainer's: {worst}")
+        if "limits" in arguments.sections:
+            found["limits"] = step.limits(folder, beside.seconds, arguments.batch)
+            show_limits(found["limits"])
+    if "memory" in arguments.sections:
+        found["memory"] = step.memory(folder, arguments.batch)
+        show_memory(found["memory"])
+    if "costs" in arguments.sections:
+        step_seconds = beside.seconds["+ GAN"] if "step" in found else None
+        found["costs"] = costs.measure("ViTB", arguments.turns, step_seconds)
+    if "startup" in arguments.sections:
+        seconds = startup.start_up(folder, 2)
+        found["startup"] = {name: summary(values) for name, values in seconds.items()}
+        show("start-up", seconds)
+    if "scaling" in arguments.sections:
+        found["scaling"] = scaling.scaling(folder)
+        show_scaling(found["scaling"])
+    return found
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def show_limits(limits: dict[str, Any]) -> None:
+    """Tables of operations, rates and shares."""
+    best = ", ".join(f"{name} {rate:,.0f}" for name, rate in limits["best GFLOP/s"].items())
+    table = Table("", *next(iter(limits["phases"].values())), title=f"distance from the limit (best GFLOP/s: {best})")
+    for phase, row in limits["phases"].items():
+        table.add_row(phase, *(f"{v:.2f}" if v < 10 else f"{v:,.0f}" for v in row.values()))
+    console.print(table)
+    table = Table("where a GAN-phase step's time goes", "share")
+    for group, share in limits["shares"].items():
+        table.add_row(group, f"{share:.2f}")
+    console.print(table)
+
+
+def show_memory(rows: list[dict[str, Any]]) -> None:
+    """A table of peak memory an image."""
+    table = Table(
+        "batch", "pixels", "depth", "ours", "+ checkpointing", "textbook", "ours / textbook", title="peak MB an image"
+    )
+    for row in rows:
+        sizes = [f"{row[key] / 1e6:,.0f}" for key in ("ours", "checkpointing", "textbook")]
+        which = [str(row[key]) for key in ("batch", "image_size", "depth")]
+        table.add_row(*which, *sizes, f"{row['ours'] / row['textbook']:.2f}")
+    console.print(table)
+
+
+def show_scaling(results: dict[str, dict[str, Any]]) -> None:
+    """A table of layouts, and projections for the published recipe."""
+    table = Table("", "ms a step", "efficiency", "MB sent a step and rank", "of which", title="fixed work a rank")
+    for layout, result in results.items():
+        ranks = scaling.LAYOUTS[layout][0]
+        kinds = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in result["bytes"].items() if size > 1e4)
+        sent = scaling.ring_bytes(result["bytes"], ranks) / 1e6
+        table.add_row(layout, f"{result['seconds'] * 1e3:,.0f}", f"{result['efficiency']:.2f}", f"{sent:.1f}", kinds)
+    console.print(table)
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """The ratios as one picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    times, memory = figure.subplots(1, 2)
+    phases = found["step"]["seconds"]
+    for i, side in enumerate(("textbook", "Trainer", "bare")):
+        middle = [phases[p][side]["median"] for p in phases]
+        spread = [
+            [abs(phases[p][side][end] - m) for p, m in zip(phases, middle, strict=True)] for end in ("min", "max")
+        ]
+        times.bar([x + 0.27 * (i - 1) for x in range(len(phases))], middle, 0.25, yerr=spread, capsize=3, label=side)
+    times.set_xticks(range(len(phases)), list(phases))
+    times.set_title("seconds a step")
+    times.legend()
+    rows = found.get("memory", [])
+    for i, side in enumerate(("textbook", "ours", "checkpointing")):
+        values = [row[side] / 1e6 for row in rows]
+        memory.bar([x + 0.27 * (i - 1) for x in range(len(rows))], values, 0.25, label=side)
+    labels = [f"batch {row['batch']}\n{row['image_size']} px\ndepth {row['depth']}" for row in rows]
+    memory.set_xticks(range(len(rows)), labels)
+    memory.set_title("peak MB an image")
+    if rows:
+        memory.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The training step in plain PyTorch, twice: as the public reference computes it, and as this project does."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import lpips
+import torch
+from torch import Tensor, nn
+
+from rae.algorithms.adversarial import Adversarial
+from rae.algorithms.ema import update_ema
+from rae.algorithms.perceptual import Perceptual
+from rae.losses import adaptive_weight, gradient_at, last_layer_gradient, value_and_gradient, with_gradient
+from rae.model import RAE, quantize, to_float
+
+Figures = dict[str, Tensor]
+DECAY, GAN_WEIGHT = 0.9978, 0.75
+
+
+@dataclass
+class Parts:
+    """What a step needs: networks and optimizers, none of them shared with another step's."""
+
+    rae: RAE
+    perceptual: nn.Module
+    discriminator: nn.Module
+    optimizer: torch.optim.Optimizer
+    d_optimizer: torch.optim.Optimizer
+    augment: Callable[[Tensor], Tensor]
+    chunk: int | None
+    precision: torch.dtype | None
+    """Of autocast; None for fp32."""
+
+    @classmethod
+    def of(cls, rae: RAE, perceptual: Perceptual, adversarial: Adversarial, precision: torch.dtype | None) -> "Parts":
+        """Copies of what a Trainer was given, with new optimizers of the same settings."""
+        network, discriminator = copy.deepcopy(perceptual.network), copy.deepcopy(adversarial.discriminator)
+        rae = copy.deepcopy(rae)
+        return cls(
+            rae,
+            network,  # type: ignore[arg-type]
+            discriminator,
+            torch.optim.AdamW(rae.decoder.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.AdamW(
+                [p for p in discriminator.parameters() if p.requires_grad], lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0
+            ),
+            adversarial._augmented,
+            perceptual.chunk,
+            precision,
+        )
+
+    def begin_as(self, other: "Parts") -> None:
+        """Take over the other's weights and optimizer states, so that one step's losses can be compared."""
+        self.rae.decoder.load_state_dict(other.rae.decoder.state_dict())
+        self.discriminator.load_state_dict(other.discriminator.state_dict())
+        self.optimizer.load_state_dict(other.optimizer.state_dict())
+        self.d_optimizer.load_state_dict(other.d_optimizer.state_dict())
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The training precision."""
+        device = next(self.rae.parameters()).device.type
+        with torch.autocast(device, self.precision, enabled=self.precision is not None):
+            yield
+
+    def update_discriminator(self, real: Tensor, fake: Tensor, figures: Figures) -> None:
+        """One hinge step of the discriminator."""
+        self.discriminator.train()
+        self.d_optimizer.zero_grad()
+        with self.autocast():
+            logits_fake = self.discriminator(self.augment(fake)).float()
+            logits_real = self.discriminator(self.augment(real)).float()
+        loss = 0.5 * (torch.relu(1 - logits_real).mean() + torch.relu(1 + logits_fake).mean())
+        loss.backward()
+        self.d_optimizer.step()
+        figures["discriminator/loss"] = loss.detach()
+
+
+class Textbook:
+    """The step as the reference computes it.
+
+    The adaptive weight by ``autograd.grad`` at the last layer, twice, and then a whole backward pass; the images
+    encoded again for the discriminator's fakes; attention written out; LPIPS as its package has it, in the default
+    layout; an average over all weights, the frozen encoder's among them, tensor by tensor.
+    """
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        parts.perceptual = published_lpips(parts.perceptual)
+        for network in (parts.rae.decoder, parts.rae.encoder.network, parts.discriminator.features.network):
+            write_out_attention(network)  # type: ignore[arg-type]
+        weights = [*parts.rae.decoder.parameters(), *parts.rae.encoder.network.parameters()]
+        self.averaged = [(p.detach().clone(), p) for p in weights]
+
+    def __call__(self, batch: Tensor, discriminate: bool, gan: bool) -> Figures:
+        """One step on a uint8 batch (B, 3, H, W); returns its losses."""
+        parts, image = self.parts, to_float(batch)
+        parts.rae.train()
+        parts.optimizer.zero_grad()
+        with parts.autocast():
+            recon = parts.rae(image)
+            l1 = (recon - image).abs().mean()
+            perceptual = parts.perceptual(recon * 2 - 1, image * 2 - 1).mean()
+        rec = l1 + perceptual
+        figures = {"l1": l1, "lpips": perceptual, "total": rec}
+        if gan:
+            parts.discriminator.eval()
+            with parts.autocast():
+                figures["gan"] = -parts.discriminator(parts.augment(recon)).float().mean()
+            weight = parts.rae.decoder.head.weight
+            (grad_rec,) = torch.autograd.grad(rec, weight, retain_graph=True)
+            (grad_gan,) = torch.autograd.grad(figures["gan"], weight, retain_graph=True)
+            figures["total"] = rec + GAN_WEIGHT * adaptive_weight(grad_rec, grad_gan) * figures["gan"]
+        figures["total"].backward()
+        parts.optimizer.step()
+        with torch.no_grad():
+            for average, weight in self.averaged:
+                average.mul_(DECAY).add_(weight, alpha=1 - DECAY)
+        if discriminate:
+            parts.rae.eval()
+            with torch.no_grad(), parts.autocast():
+                fake = quantize(parts.rae(image))
+            parts.update_discriminator(image, fake, figures)
+        return {name: figure.detach() for name, figure in figures.items()}
+
+
+class Bare:
+    """The step as this project computes it, without Composer: what the Trainer's own cost is measured against."""
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self.average = [p.detach().clone() for p in parts.rae.decoder.parameters()]
+
+    def __call__(self, batch: Tensor, discriminate: bool, gan: bool) -> Figures:
+        """One step on a uint8 batch (B, 3, H, W); returns its losses."""
+        parts, image = self.parts, to_float(batch)
+        parts.rae.train()
+        parts.optimizer.zero_grad()
+        with parts.autocast():
+            tokens = parts.rae.clean_tokens(image)
+            recon, hidden = parts.rae.decode_with_hidden(parts.rae.latent_of(parts.rae.noised(tokens)))
+            l1 = (recon - image).abs().mean()
+        perceptual, gradient = value_and_gradient(self._perceptual, recon, image, chunk=parts.chunk)
+        total = l1 + with_gradient(perceptual, recon, gradient)
+        figures = {"l1": l1, "lpips": perceptual, "total": total}
+        if gan:
+            figures |= self._add_gan(total, recon, hidden)
+        figures["total"].backward()
+        parts.optimizer.step()
+        update_ema(self.average, [p.detach() for p in parts.rae.decoder.parameters()], DECAY)
+        if discriminate:
+            with torch.no_grad(), parts.autocast():
+                fake = quantize(parts.rae.decode(parts.rae.latent_of(tokens)))
+            parts.update_discriminator(image, fake, figures)
+        return {name: figure.detach() for name, figure in figures.items()}
+
+    def _add_gan(self, total: Tensor, recon: Tensor, hidden: Tensor) -> Figures:
+        parts = self.parts
+        grad_rec = gradient_at(total, recon)
+        fake = recon.detach().requires_grad_()
+        augmented = parts.augment(fake)
+        parts.discriminator.eval()
+        gan, grad_augmented = value_and_gradient(self._verdict, augmented, chunk=parts.chunk)
+        (grad_gan,) = torch.autograd.grad(augmented, fake, grad_augmented)
+        std, patch = parts.rae.image_std, parts.rae.decoder.patch_size
+        at_last = [last_layer_gradient(g * std, hidden, patch) for g in (grad_rec, grad_gan)]
+        weight = GAN_WEIGHT * adaptive_weight(*at_last)
+        value = total.detach() + weight * gan
+        return {"gan": gan, "total": with_gradient(value, recon, grad_rec + weight * grad_gan)}
+
+    def _perceptual(self, recon: Tensor, image: Tensor) -> Tensor:
+        with self.parts.autocast():
+            return self.parts.perceptual(recon, image)
+
+    def _verdict(self, image: Tensor) -> Tensor:
+        with self.parts.autocast():
+            return -self.parts.discriminator(image).float().mean()
+
+
+def published_lpips(ours: nn.Module) -> nn.Module:
+    """The lpips package's module with our LPIPS's weights, in the default memory layout."""
+    backbone = ours.features.network.state_dict()  # type: ignore[union-attr]
+    model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    model.net.load_state_dict({name: tensor.contiguous() for name, tensor in backbone.items()})
+    return model.to(next(iter(backbone.values())).device)
+
+
+def write_out_attention(network: nn.Module) -> None:
+    """Attention as softmax(QKᵀ)V in three operations, for timm's and transformers' networks."""
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"
