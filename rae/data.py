@@ -293,7 +293,7 @@ class ImageDataset(_Shards):
         return state
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """A sample: image uint8 (3, S, S), label, stream (its number), and fault (None, or what was wrong).
+        """A sample: image uint8 (3, S, S), label, index, name, stream (its number), and fault (None or what was wrong).
 
         With ``replace_bad``, the next sample that decodes takes the place of one that does not.
 
@@ -319,13 +319,15 @@ class ImageDataset(_Shards):
         if not self.verified[shard_id]:
             self._verify(shard_id)
         sample = super().get_item(sample_id, retry)
+        known = {
+            "label": int(sample.get("label", -1)),
+            "index": sample_id,
+            "name": sample.get("path", f"sample {sample_id}"),
+            "stream": int(self.stream_per_shard[shard_id]),
+            "fault": None,
+        }
         if "latent" in sample:
-            return {
-                **stored_latent(sample),
-                "label": sample["label"],
-                "stream": int(self.stream_per_shard[shard_id]),
-                "fault": None,
-            }
+            return {**stored_latent(sample), **known}
         # next_epoch counts begun epochs in shared memory, so workers of one epoch agree on it. A string seed goes
         # through SHA-512, so that neighbouring samples have unrelated draws.
         rng = Random(f"{self.seed},{self.next_epoch},{sample_id}")
@@ -337,8 +339,7 @@ class ImageDataset(_Shards):
                 f"sample {sample_id} ({name}; number {place} in {file}): {first_line(error)}"
             ) from error
         image = image.clone() if self.batcher is None else self.batcher.place(image)  # a crop keeps the whole alive
-        stream = int(self.stream_per_shard[shard_id])
-        return {"image": image, "label": int(sample.get("label", -1)), "stream": stream, "fault": None}
+        return {"image": image, **known}
 
     def _verify(self, shard_id: int) -> None:
         stream, file = self.streams[self.stream_per_shard[shard_id]], self.files[shard_id]

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rae.registry import UserError
@@ -103,6 +103,28 @@ def one_at_a_time(name: str, seconds: float = 60.0) -> Iterator[None]:
             except OSError:
                 time.sleep(0.05)
         yield
+
+
+@contextmanager
+def streaming_turn(folders: Iterable[str]) -> Iterator[None]:
+    """Data sets are opened in here, by all ranks together, and by one launch of this machine at a time.
+
+    Streaming numbers its shared memory by what it finds: two launches that open at once would take the same number.
+
+    Args:
+        folders: see :func:`remove_dead_segments`.
+    """
+    import torch.distributed as dist
+
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    with one_at_a_time("streaming") if first else nullcontext():
+        if first:
+            remove_dead_segments(folders)
+        if dist.is_initialized():
+            dist.barrier()
+        yield
+        if dist.is_initialized():
+            dist.barrier()
 
 
 def remove_dead_segments(folders: Iterable[str]) -> None:
