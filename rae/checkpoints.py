@@ -79,6 +79,11 @@ def name_at(batch: int, epoch: int) -> str:
     return f"ep{epoch}-ba{batch}"
 
 
+def is_name(name: str) -> bool:
+    """Whether a folder's name is a checkpoint's."""
+    return _NAME.fullmatch(name) is not None
+
+
 def age(name: str) -> tuple[int, int]:
     """The (batch, epoch) of a checkpoint's name; larger is newer."""
     epoch, batch = map(int, _NAME.fullmatch(name).groups())  # type: ignore[union-attr]
@@ -103,7 +108,7 @@ def list_checkpoints(folder: str) -> list[Listed]:
     files = defaultdict(set)
     for name in names:
         checkpoint, _, file = name.partition("/")
-        if _NAME.fullmatch(checkpoint):
+        if is_name(checkpoint):
             files[checkpoint].add(file)
     found = [Listed(name, frozenset(held)) for name, held in files.items()]
     return sorted(found, key=lambda checkpoint: checkpoint.age, reverse=True)

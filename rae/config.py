@@ -2,10 +2,11 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from yaml import YAMLError
@@ -154,7 +155,25 @@ class Config(Section):
     """Arguments of composer.Trainer, as they are; max_duration is required."""
 
 
-def load_config(path: str, overrides: list[str]) -> Config:
+def override(loaded: DictConfig, overrides: Iterable[str]) -> None:
+    """Set ``key.sub=value`` overrides in a mapping, in place.
+
+    Raises:
+        UserError: one of another form.
+    """
+    for each in overrides:
+        if "=" not in each.lstrip("="):
+            raise UserError(f"override {each!r} must have the form key=value or key.sub=value")
+    for each in overrides:
+        # An override sets its key, so that model.encoder={mae: {}} replaces the encoder instead of adding one.
+        key = each.split("=", 1)[0]
+        value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([each]), resolve=False)
+        for part in key.split("."):
+            value = value[part]
+        OmegaConf.update(loaded, key, value, merge=False)
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file, apply ``key.sub=value`` overrides, resolve interpolations, and check every key and type.
 
     Raises:
@@ -162,20 +181,11 @@ def load_config(path: str, overrides: list[str]) -> Config:
     """
     if not Path(path).is_file():
         raise UserError(f"there is no configuration file {path!r}")
-    for override in overrides:
-        if "=" not in override.lstrip("="):
-            raise UserError(f"override {override!r} must have the form key=value or key.sub=value")
     try:
         loaded = OmegaConf.load(path)
         if isinstance(loaded, ListConfig):
             raise UserError(f"{path}: a configuration is a mapping of keys, not a list")
-        for override in overrides:
-            # An override sets its key, so that model.encoder={mae: {}} replaces the encoder instead of adding one.
-            key = override.split("=", 1)[0]
-            value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
-            for part in key.split("."):
-                value = value[part]
-            OmegaConf.update(loaded, key, value, merge=False)
+        override(loaded, overrides)
         missing = sorted(OmegaConf.missing_keys(loaded))
         if missing:
             raise UserError(f"missing value: {missing[0]} is required; set it in {path} or as {missing[0]}=…")

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from rae.backbones import read_state_dict, weight_file
-from rae.decoder import Decoder
+from rae.config import Model
+from rae.decoder import Decoder, load_published
 from rae.encoders.base import Encoder
 from rae.layers import Frozen, add_latent_noise
-from rae.registry import UserError
+from rae.losses import note_gradient, value_and_gradient, with_gradient
+from rae.registry import UserError, build
 
 
 class RAE(nn.Module):
@@ -43,6 +45,7 @@ class RAE(nn.Module):
         self.encoder = Frozen(encoder)
         self.decoder = decoder
         self.grid = encoder.grid
+        self.latent_shape = (encoder.embed_dim, encoder.grid, encoder.grid)
         self.noise_tau, self.noise = noise_tau, noise
         self.register_buffer("image_mean", encoder.normalize.mean.clone(), persistent=False)
         self.register_buffer("image_std", encoder.normalize.std.clone(), persistent=False)
@@ -106,6 +109,26 @@ def _read_stats(path: str, encoder: Encoder) -> tuple[Tensor, Tensor]:
     return state["mean"].float(), state["var"].float()
 
 
+def build_rae(settings: Model, image_size: int) -> RAE:
+    """The autoencoder that a configuration's ``model`` describes.
+
+    Args:
+        image_size: side of the image that the decoder makes.
+
+    Raises:
+        UserError: weights that cannot be had, or sizes that do not fit.
+    """
+    encoder = build("encoder", settings.encoder, "model.encoder")
+    sizes = settings.decoder.model_dump(exclude={"weights"})
+    try:
+        decoder = Decoder(encoder.embed_dim, image_size, **sizes)
+    except ValueError as error:
+        raise UserError(f"model.decoder: {error}") from error
+    if settings.decoder.weights:
+        load_published(decoder, settings.decoder.weights)
+    return RAE(encoder, decoder, settings.noise_tau, settings.noise, settings.latent_stats)
+
+
 class RAEModel(ComposerModel):
     """An :class:`RAE` for Composer's Trainer: reconstruction by a pixel loss; algorithms add the rest.
 
@@ -132,8 +155,9 @@ class RAEModel(ComposerModel):
 
     def loss(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """{pixel_name: …, total: …}; algorithms add named terms and replace the total."""
-        pixel = self.pixel_loss(outputs["recon"], to_float(batch["image"]))
-        return {self.pixel_name: pixel, "total": pixel * 1.0}  # Composer scales the total in place
+        pixel, gradient = value_and_gradient(self.pixel_loss, outputs["recon"], to_float(batch["image"]))
+        note_gradient(outputs, self.pixel_name, gradient)
+        return {self.pixel_name: pixel, "total": with_gradient(pixel, outputs["recon"], gradient)}
 
     def eval_forward(self, batch: dict[str, Tensor], outputs: Any = None) -> Tensor:
         """The reconstruction in eval mode, as 8-bit values in [0, 1]."""

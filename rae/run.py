@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import re
 import secrets
@@ -41,8 +42,7 @@ from rae.data import (
     train_loader,
     train_transform,
 )
-from rae.decoder import Decoder, load_published
-from rae.model import RAE, RAEModel
+from rae.model import RAEModel, build_rae
 from rae.parallelism import check_sharding, parallelism, saves_sharded
 from rae.processes import RunLock, one_at_a_time, remove_dead_segments
 from rae.registry import RankError, UserError, build, check_arguments, check_plugin, import_plugins, parse_time
@@ -150,15 +150,7 @@ def _check_saving(config: Config) -> None:
 
 def build_model(config: Config) -> RAEModel:
     """The autoencoder that the configuration describes, for Composer."""
-    encoder = build("encoder", config.model.encoder, "model.encoder")
-    sizes = config.model.decoder.model_dump(exclude={"weights"})
-    try:
-        decoder = Decoder(encoder.embed_dim, config.data.image_size, **sizes)
-    except ValueError as error:
-        raise UserError(f"model.decoder: {error}") from error
-    if config.model.decoder.weights:
-        load_published(decoder, config.model.decoder.weights)
-    rae = RAE(encoder, decoder, config.model.noise_tau, config.model.noise, config.model.latent_stats)
+    rae = build_rae(config.model, config.data.image_size)
     pixel = check_plugin("pixel_loss", config.model.pixel_loss, "model.pixel_loss")
     metrics = {name: build("metric", {name: arguments}, "metrics") for name, arguments in config.metrics.items()}
     return RAEModel(rae, build("pixel_loss", pixel, "model.pixel_loss"), next(iter(pixel)), metrics)
@@ -241,7 +233,7 @@ def _alone(folder: str, where: str) -> Iterator[None]:
 
 def _folder_alone(config: Config) -> AbstractContextManager[None]:
     """The same for checkpoints that lie outside the run's folder, where another run could save too."""
-    folder = _save_folder(config)
+    folder = save_folder(config)
     if folder is None or is_remote(folder) or Path(folder).resolve().is_relative_to(Path(config.run_dir).resolve()):
         return nullcontext()
     return _alone(folder, "trainer.save_folder")
@@ -311,6 +303,7 @@ def _loading(
 
 def _initialize(config: Config) -> Device:
     device = get_device(config.trainer.get("device"))
+    os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # torchrun's name for Composer's
     dist.initialize_dist(device, timeout=config.trainer.get("dist_timeout", 300.0))
     return device
 
@@ -444,7 +437,8 @@ def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch:
     return schedule if isinstance(schedule, ComposerScheduler) else LambdaLR(optimizer, schedule)
 
 
-def _save_folder(config: Config) -> str | None:
+def save_folder(config: Config) -> str | None:
+    """Where a run's checkpoints go: local, a URL, or None."""
     folder = config.trainer.get("save_folder", f"{config.run_dir}/checkpoints")
     return folder and folder.replace("{run_name}", config.run_name)
 
@@ -452,7 +446,7 @@ def _save_folder(config: Config) -> str | None:
 def _checkpointer(config: Config, arguments: dict[str, Any]) -> Checkpointer | None:
     """What saves this run, from the trainer's arguments of Composer's names, which it takes out of ``arguments``."""
     arguments.pop("save_folder", None)
-    folder = _save_folder(config)
+    folder = save_folder(config)
     interval = str(arguments.pop("save_interval", "1ep"))
     keep = arguments.pop("save_num_checkpoints_to_keep", -1)
     if folder is None:
