@@ -24,11 +24,13 @@ from streaming import StreamingDataset
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.lr_scheduler import LambdaLR
 
-from rae.algorithms.adversarial import adversarial_last
+from rae.algorithms.adversarial import Adversarial, adversarial_last
 from rae.algorithms.ema import LIVE_SUFFIX
 from rae.callbacks.begin_step import BeginStep
 from rae.callbacks.checkpointer import Checkpointer
 from rae.callbacks.data_log import DataLog
+from rae.callbacks.guard import Guard
+from rae.callbacks.step_figures import StepFigures
 from rae.checkpoints import METRICS, without_code
 from rae.config import Config, EvalData, check_data, is_remote, rank, save_config, to_yaml, world_size
 from rae.data import (
@@ -42,6 +44,8 @@ from rae.data import (
     train_loader,
     train_transform,
 )
+from rae.evaluation import refer
+from rae.metrics import Reference, build_metrics, verdict, within
 from rae.model import RAEModel, build_rae
 from rae.parallelism import check_sharding, parallelism, saves_sharded
 from rae.processes import RunLock, one_at_a_time, remove_dead_segments
@@ -152,8 +156,8 @@ def build_model(config: Config) -> RAEModel:
     """The autoencoder that the configuration describes, for Composer."""
     rae = build_rae(config.model, config.data.image_size)
     pixel = check_plugin("pixel_loss", config.model.pixel_loss, "model.pixel_loss")
-    metrics = {name: build("metric", {name: arguments}, "metrics") for name, arguments in config.metrics.items()}
-    return RAEModel(rae, build("pixel_loss", pixel, "model.pixel_loss"), next(iter(pixel)), metrics)
+    pixel_loss = build("pixel_loss", pixel, "model.pixel_loss")
+    return RAEModel(rae, pixel_loss, next(iter(pixel)), build_metrics(config.metrics))
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -175,14 +179,17 @@ def build_trainer(config: Config) -> Trainer:
     reproducibility.seed_all(config.seed)  # every rank starts from the same weights
     model = device.module_to_device(build_model(config))
     optimizer = build("optimizer", config.optimizer, "optimizer", params=_trained(model))
-    context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation)
+    figures = StepFigures()
+    context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation, figures=figures)
     algorithms = _build_all("algorithm", config.algorithms, context)
+    for adversarial in (each for each in algorithms if isinstance(each, Adversarial)):
+        model.eval_metrics |= within("discriminator", verdict(adversarial.discriminator))
     arguments.setdefault("progress_bar", sys.stderr.isatty())
     loggers = dict(config.loggers)
     if not arguments["progress_bar"]:
         loggers.setdefault("console", {})
     arguments.setdefault("auto_log_hparams", False)
-    callbacks = [BeginStep(config.seed), DataLog(ledger), *_build_all("callback", config.callbacks, context)]
+    callbacks = [figures, BeginStep(config.seed), DataLog(ledger), *_build_all("callback", _callbacks(config), context)]
     passed = dict(
         model=model,
         train_dataloader=loader,
@@ -191,7 +198,7 @@ def build_trainer(config: Config) -> Trainer:
         schedulers=_schedule(config, optimizer, len(loader)),
         step_schedulers_every_batch=True,
         algorithms=algorithms,
-        algorithm_passes=[adversarial_last],
+        algorithm_passes=[adversarial_last, *(c.without_updates for c in callbacks if isinstance(c, Guard))],
         callbacks=[*callbacks, *([checkpointer] if checkpointer else [])],
         loggers=_build_all("logger", loggers, context),
         parallelism_config=parallelism(config),
@@ -201,7 +208,9 @@ def build_trainer(config: Config) -> Trainer:
     ignored = arguments.pop("load_ignore_keys", None)
     expected = None if ignored or arguments.get("load_strict_model_weights") is False else model
     with _loading(config, checkpoint, ignored, expected) as load, _explained(checkpoint):
-        return Trainer(**passed, **arguments, **load)
+        trainer = Trainer(**passed, **arguments, **load)
+    _refer(config, trainer)
+    return trainer
 
 
 @contextmanager
@@ -400,6 +409,11 @@ def _open_eval(config: Config, source: EvalData | None, name: str) -> ImageDatas
     )
 
 
+def _callbacks(config: Config) -> dict[str, Any]:
+    """The configuration's, after those that are on by themselves."""
+    return {"guard": {}, **config.callbacks}
+
+
 def _build_all(kind: str, entries: dict[str, Any], context: dict[str, Any]) -> list[Any]:
     return [build(kind, {name: arguments}, f"{kind}s", **context) for name, arguments in entries.items()]
 
@@ -412,6 +426,7 @@ def _evaluators(
         return None
     live = any(getattr(algorithm, "evaluate", None) == "both" for algorithm in algorithms)
     batch_size = (data.eval_batch_size or data.batch_size) // world_size()
+    shared = (batch_size, data.workers, data.prefetch)
     evaluators = []
     for name, each in {"eval": source, **data.evals}.items():
         opened = images if name == "eval" else _open_eval(config, each, name)
@@ -419,14 +434,32 @@ def _evaluators(
         evaluators += [
             Evaluator(
                 label=label,
-                dataloader=eval_loader(
-                    opened, batch_size, data.workers, data.prefetch, each.limit, rank(), world_size(), ledger
-                ),
-                metric_names=each.metrics or list(config.metrics),
+                dataloader=eval_loader(opened, *shared, each.limit, rank(), world_size(), ledger, noise_tau),
+                # Composer takes them for patterns, to be found anywhere in a name.
+                metric_names=[rf"\b{metric}\b" for metric in each.metrics or [*config.metrics, "discriminator"]],
             )
-            for label in (name, name + LIVE_SUFFIX)[: 1 + live]
+            for label, noise_tau in _passes(name, each.noise_taus, live).items()
         ]
     return evaluators
+
+
+def _passes(name: str, noise_taus: Iterable[float], live: bool) -> dict[str, float]:
+    """Labels of the evaluations of one data set, and the noise level of each."""
+    passes = {name: 0.0} | ({name + LIVE_SUFFIX: 0.0} if live else {})
+    return passes | {f"{name}_tau{noise_tau:g}": noise_tau for noise_tau in noise_taus}
+
+
+def _refer(config: Config, trainer: Trainer) -> None:
+    """The originals' moments are computed once for all evaluations, unless these see a part of the images only."""
+    if config.trainer.get("eval_subset_num_batches", -1) != -1:
+        return
+    known: dict[str, Reference] = {}
+    device = next(trainer.state.model.parameters()).device.type
+    for evaluator in trainer.state.evaluators:
+        images: Any = evaluator.dataloader.dataloader.dataset  # type: ignore[union-attr]
+        stream = images.images.streams[0]
+        metrics = trainer.state.eval_metrics[evaluator.label].values()
+        refer(metrics, images, stream.remote or stream.local, config.data.image_size, device, known)
 
 
 def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
