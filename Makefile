@@ -35,8 +35,10 @@ $(VENV)/.ready: pyproject.toml
 	@python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
 	@# diffusers and streaming cannot share an environment: they want transformers from 5 on and below 5 (and diffusers 0.42
 	@# builds SigLIP with no transformers after 5.3). The tests run it as a process of its own, with this folder and our torch.
+	@# It asks for Python 3.11 or later: on 3.10 those tests are skipped.
 	@rm -rf $(VENV)/diffusers
-	@python -m pip install --quiet --disable-pip-version-check --target $(VENV)/diffusers 'diffusers>=0.42,<0.43' 'transformers>=5.3,<5.4'
+	@python -m pip install --quiet --disable-pip-version-check --target $(VENV)/diffusers \
+		'diffusers>=0.42,<0.43; python_version >= "3.11"' 'transformers>=5.3,<5.4; python_version >= "3.11"'
 	@touch $@
 
 clean:
