@@ -64,7 +64,9 @@ class EvalData(Section):
     limit: PositiveInt | None = None
     """Use the first so many images only."""
     metrics: list[str] | None = None
-    """Names out of the configuration's metrics; by default all of them."""
+    """Names out of the configuration's metrics, and ``discriminator`` where there is one; by default all of them."""
+    noise_taus: list[Annotated[float, Field(gt=0)]] = []
+    """Evaluate reconstructions of latents with noise of these levels too; figures are ``metrics/<name>_tau0.8/…``."""
 
 
 class Data(Section):
@@ -266,9 +268,10 @@ def check_data(config: Config) -> None:
         same = next((name for name, path in training.items() if path == source.path), None)
         if same:
             raise UserError(f"{key}.path: it is {same}.path too; evaluation needs images of its own")
+        known = [*config.metrics, *(["discriminator"] if "adversarial" in config.algorithms else [])]
         for metric in source.metrics or ():
-            if metric not in config.metrics:
-                raise UserError(f"{key}.metrics: {metric!r} is not among metrics: {', '.join(config.metrics)}")
+            if metric not in known:
+                raise UserError(f"{key}.metrics: {metric!r} is not among metrics: {', '.join(known)}")
     for name in data.evals:
         if not name.isidentifier() or name == "eval" or name.endswith("_live"):
             raise UserError(f"data.evals.{name}: give it another name, of letters and digits")

@@ -496,7 +496,10 @@ class _EvalLoader(DataLoader):
     ledger: Ledger
 
     def __iter__(self) -> Any:
-        return map(self.ledger.note, super().__iter__())
+        return map(self._noised, map(self.ledger.note, super().__iter__()))
+
+    def _noised(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "noise_tau": torch.full((len(batch["index"]),), self.noise_tau)} if self.noise_tau else batch
 
 
 def train_loader(
@@ -526,12 +529,17 @@ def eval_loader(
     world_size: int,
     ledger: Ledger | None = None,
 ) -> DataLoader:
-    """The images in order, each once, shared out over ranks (Composer drops the sampler's padding)."""
+    """The images in order, each once, shared out over ranks (Composer drops the sampler's padding).
+
+    Args:
+        noise_tau: with it, batches ask for latents with fixed noise of this level (``noise_tau``: (B,)).
+    """
     dataset.replace_bad = True
     images = IndexedImages(dataset, limit)
     sampler = DistributedSampler(images, num_replicas=world_size, rank=rank, shuffle=False)
     loader = _EvalLoader(images, sampler=sampler, **_loader_options(batch_size, workers, prefetch, Batcher(batch_size)))
-    loader.ledger = ledger or Ledger()
+    loader.ledger, loader.noise_tau = ledger or Ledger(), noise_tau
+    noise_tau: float
     return loader
 
 
@@ -557,12 +565,13 @@ class Batcher:
         return slot.copy_(image)
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Samples -> {image: (B, 3, S, S), label: int64 (B,), stream, fault: lists}, and latent if they have one."""
+        """Samples -> {image (B, 3, S, S), label, index (B,), stream, fault: lists}, and latent if they have it."""
         batch = {
             "label": torch.tensor([sample["label"] for sample in samples]),
             "stream": [sample["stream"] for sample in samples],
             "fault": [sample["fault"] for sample in samples],
         }
+    noise_tau: float = 0.0,
         if "latent" in samples[0]:
             batch["latent"] = default_collate([sample["latent"] for sample in samples])
         return {**({"image": self._images(samples)} if "image" in samples[0] else {}), **batch}
@@ -598,5 +607,6 @@ def _loader_options(batch_size: int, workers: int, prefetch: int, collate: Batch
 def start_worker(worker: int) -> None:
     """One thread a worker process, which ends with its parent and not before it."""
     torch.set_num_threads(1)
+            "index": torch.tensor([sample["index"] for sample in samples]),
     heed_parent_alone()
     follow_parent()

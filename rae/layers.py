@@ -1,5 +1,7 @@
 """Small pieces shared by the networks: frozen modules, latent noise, positions, patches."""
 
+from random import Random
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,6 +75,25 @@ def add_latent_noise(latent: Tensor, tau: float, distribution: str = "uniform") 
     shape = (latent.shape[0],) + (1,) * (latent.ndim - 1)
     sigma = tau * draw(shape, device=latent.device, dtype=latent.dtype).abs()
     return latent + sigma * torch.randn_like(latent)
+
+
+def fixed_latent_noise(latent: Tensor, tau: Tensor, index: Tensor, seed: int = 0) -> Tensor:
+    """z + τ·N(0, 1) with numbers that follow from (seed, index) alone, for evaluation.
+
+    A sample has the same noise in every batch, on every rank and kind of device, and for every τ but for its scale.
+    The level is τ itself: the strongest noise that training with this τ draws (:func:`add_latent_noise`).
+
+    Args:
+        latent: (B, ...).
+        tau: (B,), the noise level of each sample.
+        index: (B,), its number in the data set.
+    """
+    noise = torch.empty(latent.shape)
+    for row, level, number in zip(noise, tau.tolist(), index.tolist(), strict=True):
+        # A string goes through SHA-512, so that neighbours have unrelated draws.
+        generator = torch.Generator().manual_seed(Random(f"{seed},{number}").getrandbits(63))
+        row.normal_(generator=generator).mul_(level)
+    return latent + noise.to(latent)
 
 
 def sincos_positions(dim: int, grid: int, prefix: int = 1) -> Tensor:

@@ -11,7 +11,7 @@ from rae.backbones import read_state_dict, weight_file
 from rae.config import Model
 from rae.decoder import Decoder, load_published
 from rae.encoders.base import Encoder
-from rae.layers import Frozen, add_latent_noise
+from rae.layers import Frozen, add_latent_noise, fixed_latent_noise
 from rae.losses import note_gradient, value_and_gradient, with_gradient
 from rae.registry import UserError, build
 
@@ -132,8 +132,8 @@ def build_rae(settings: Model, image_size: int) -> RAE:
 class RAEModel(ComposerModel):
     """An :class:`RAE` for Composer's Trainer: reconstruction by a pixel loss; algorithms add the rest.
 
-    A batch is {image: uint8 (B, 3, H, W), label}, and may hold precomputed latents (B, C, h, w). ``forward`` returns
-    {recon, latent (clean), hidden}.
+    A batch is {image: uint8 (B, 3, H, W), label}, and may hold precomputed latents (B, C, h, w), or noise_tau (B,) with
+    index (B,) for :func:`rae.layers.fixed_latent_noise`. ``forward`` returns {recon, latent (clean), hidden}.
 
     Args:
         rae: the autoencoder.
@@ -150,7 +150,11 @@ class RAEModel(ComposerModel):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         tokens = self.rae.tokens_of(batch)
-        recon, hidden = self.rae.decode_with_hidden(self.rae.latent_of(self.rae.noised(tokens)))
+        if "noise_tau" in batch:
+            noised = fixed_latent_noise(tokens, batch["noise_tau"], batch["index"])
+        else:
+            noised = self.rae.noised(tokens)
+        recon, hidden = self.rae.decode_with_hidden(self.rae.latent_of(noised))
         return {"recon": recon, "hidden": hidden, "latent": self.rae.latent_of(tokens)}
 
     def loss(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:

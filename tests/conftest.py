@@ -18,6 +18,8 @@ from streaming.base.shared.memory import SharedMemory
 from rae.checkpoints import fetch, in_form, list_checkpoints, without_code
 from rae.config import Config
 
+_CACHE = tempfile.TemporaryDirectory(prefix="rae-cache-")
+os.environ["RAE_CACHE"] = _CACHE.name
 torch.set_num_threads(1)  # sums in one order, as those that made the golden numbers
 
 ROOT = Path(__file__).parent.parent

@@ -181,7 +181,7 @@ def test_a_batch_is_what_its_samples_are(shards):
     for workers in (0, 1):
         loader = train_loader(open_it(), 8, workers, 2)
         for batch in loader:
-            assert batch.keys() == {"image", "label"}
+            assert batch.keys() == {"image", "label", "index"}
             assert batch["image"].is_contiguous(memory_format=torch.channels_last)
             assert batch["label"].dtype == torch.int64
         # Of the last batch, drawn in order: each image as its own transform makes it, by (seed, epoch, sample).
