@@ -67,6 +67,15 @@ def with_gradient(value: Tensor, tensor: Tensor, gradient: Tensor) -> Tensor:
     return _Backpropagate.apply(tensor, gradient, value)  # type: ignore[return-value]
 
 
+GRADIENT_NORMS = "gradient_norms"
+"""Where a forward pass's outputs hold, by name, the norms of its losses' gradients at the reconstruction."""
+
+
+def note_gradient(outputs: dict[str, Any], name: str, gradient: Tensor, weight: Tensor | float = 1.0) -> None:
+    """Keep ‖weight · ∂loss/∂recon‖ among the outputs, as a scalar on the device: nothing waits for it."""
+    outputs.setdefault(GRADIENT_NORMS, {})[name] = gradient.norm() * weight
+
+
 def gradient_at(loss: Tensor, tensor: Tensor, scale: float = 1.0) -> Tensor:
     """∂loss/∂tensor in fp32; ``scale`` keeps an fp16 backward pass from underflowing and is divided out again."""
     (gradient,) = torch.autograd.grad(loss * scale, tensor)

@@ -20,7 +20,8 @@ def adamw(
     eps: float = 1e-8,
     fused: bool | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with the RAE recipe's settings as defaults."""
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with the RAE recipe's settings as defaults; fused on a GPU."""
+    fused = torch.cuda.is_available() if fused is None else fused
     return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
 
 
@@ -32,7 +33,8 @@ def adam(
     eps: float = 1e-8,
     fused: bool | None = None,
 ) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba, arXiv 1412.6980)."""
+    """Adam (Kingma & Ba, arXiv 1412.6980); fused on a GPU."""
+    fused = torch.cuda.is_available() if fused is None else fused
     return torch.optim.Adam(params, lr=lr, betas=betas, eps=eps, fused=fused)
 
 

@@ -19,6 +19,7 @@ from rae.losses import (
     adaptive_weight,
     gradient_at,
     last_layer_gradient,
+    note_gradient,
     value_and_gradient,
     with_gradient,
 )
@@ -112,6 +113,8 @@ class Adversarial(Algorithm):
         self.augmentation = {} if augment is True else augment
         self.seen: list[tuple[Tensor, Tensor]] = []  # (image, latent or reconstruction) of each microbatch
         self.adaptive_weights: list[Tensor] = []
+        self.bad_update = 0.0
+        """1 when the step's update of the discriminator was left out, as a loss or gradient of it was not finite."""
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BATCH_START, Event.AFTER_LOSS, Event.BATCH_END)
@@ -120,7 +123,7 @@ class Adversarial(Algorithm):
         if event == Event.INIT:
             self._to_device(state)
         elif event == Event.BATCH_START:
-            self.seen, self.adaptive_weights = [], []
+            self.seen, self.adaptive_weights, self.bad_update = [], [], 0.0
         elif event == Event.AFTER_LOSS:
             if reached(state, self.discriminator_start):
                 fake = state.outputs["latent" if self.fakes == "fresh" else "recon"].detach()
@@ -162,6 +165,8 @@ class Adversarial(Algorithm):
         )
         (grad_gan,) = torch.autograd.grad(augmented, fake, grad_augmented)
         weight = self.weight * self._balance(grad_rec, grad_gan, state.outputs["hidden"], model)
+        note_gradient(state.outputs, "reconstruction", grad_rec)
+        note_gradient(state.outputs, "gan", grad_gan, weight)
         total = state.loss["total"].detach() + weight * gan
         state.loss["gan"] = gan
         state.loss["total"] = with_gradient(total, recon, grad_rec + weight * grad_gan)
@@ -210,9 +215,22 @@ class Adversarial(Algorithm):
         self._average_gradients()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.scaler.step(self.optimizer)
+        bad = self._prevent_bad_step(figures)
         self.scaler.update()
         self.schedule.step()
-        return self._named(figures, learning_rate)
+        return self._named(figures, bad, learning_rate)
+
+    def _prevent_bad_step(self, figures: Tensor) -> Tensor:
+        """Let the optimizer change nothing if a loss or gradient is not finite: 0 or 1, the same on all ranks."""
+        if self.scaler.is_enabled():  # which does it by itself
+            return torch.zeros_like(figures[0])
+        norms = torch._foreach_norm([p.grad for p in self.parameters])
+        bad = (~torch.stack([*norms, *figures]).isfinite()).any().float()
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = bad  # read on the device
+        elif bad:
+            self.optimizer.zero_grad(set_to_none=True)
+        return bad
 
     def _average_gradients(self) -> None:
         if dist.get_world_size() == 1:
@@ -223,8 +241,7 @@ class Adversarial(Algorithm):
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _named(self, figures: Tensor, learning_rate: float) -> dict[str, float]:
-        dist.all_reduce(figures)
+    def _named(self, figures: Tensor, bad: Tensor, learning_rate: float) -> dict[str, float]:
         values = {
             name: figure / dist.get_world_size()
             for name, figure in zip(("loss", "logits_real", "logits_fake", "accuracy"), figures, strict=True)
@@ -233,7 +250,7 @@ class Adversarial(Algorithm):
         if self.adaptive_weights:
             named["gan/adaptive_weight"] = torch.stack(self.adaptive_weights).mean()
         # One transfer for all of them: each makes the processor wait for the device.
-        floats = torch.stack(list(named.values())).tolist()
+        *floats, self.bad_update = torch.stack([*named.values(), bad]).tolist()
         return {**dict(zip(named, floats, strict=True)), "lr/discriminator": learning_rate}
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from composer import Algorithm, Event, Logger, State, Time
 from composer.core import Precision, TimeUnit, get_precision_context
 from torch import Tensor, nn
 
-from rae.losses import value_and_gradient, with_gradient
+from rae.losses import note_gradient, value_and_gradient, with_gradient
 from rae.model import to_float
 
 
@@ -78,3 +78,4 @@ class LossTerm(Algorithm):
         value, gradient = value_and_gradient(compute, recon, image, chunk=self.chunk, scale=loss_scale(state))
         state.loss[self.name] = value
         state.loss["total"] = state.loss["total"] + self.weight * with_gradient(value, recon, gradient)
+        note_gradient(state.outputs, self.name, gradient, self.weight)

@@ -18,6 +18,7 @@ from composer import Callback, Event, Logger, State
 from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import create_interval_scheduler, dist, retry
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from rae.checkpoints import (
     CONFIG,
@@ -167,6 +168,15 @@ class StopRequest:
         return agreed
 
 
+def nonfinite_weights(state: State) -> list[str]:
+    """Names of trained weights, of the model and of algorithms' discriminators, that hold a NaN or an infinity here."""
+    modules = [state.model, *(a.discriminator for a in state.algorithms if hasattr(a, "discriminator"))]
+    named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+    local = [p.to_local() if isinstance(p, DTensor) else p.detach() for _, p in named]
+    norms = torch.stack(torch._foreach_norm(local)).isfinite().tolist()
+    return [name for (name, _), finite in zip(named, norms, strict=True) if not finite]
+
+
 class Checkpointer(Callback):
     """Save the run every ``interval``, and when it is told to stop (SIGTERM, SIGINT). Always on.
 
@@ -256,6 +266,10 @@ class Checkpointer(Callback):
         """Save now, unless this very moment is saved already. A collective call."""
         if self.saved_at == _time(state):
             return
+        broken = sorted({name for names in dist.all_gather_object(nonfinite_weights(state)) for name in names})
+        if broken:
+            step = int(state.timestamp.batch)
+            raise UserError(f"step {step}: weights are not finite ({broken[0]}), and not saved{self._safe()}")
         self.saved_at = _time(state)
         name = name_at(*self.saved_at)
         staging = self.local / f".saving-{name}"

@@ -1,0 +1,122 @@
+"""What a step measures of itself on the device: losses, gradient norms, the GAN's share; one transfer for all."""
+
+import math
+
+import torch
+from composer import Callback, Logger, State
+from composer.core import Precision
+from composer.utils import dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from rae.losses import GRADIENT_NORMS
+
+_DECODER, _SAMPLES = "gradient/decoder", "samples"
+
+
+class Readout:
+    """A vector on its way to the host. Reading it waits for what was queued before it, not for what came after.
+
+    Args:
+        vector: (N,), on any device.
+    """
+
+    def __init__(self, vector: Tensor):
+        self.host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=vector.is_cuda)
+        self.host.copy_(vector, non_blocking=True)
+        self.arrived = None
+        if vector.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def values(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host.numpy().tolist()
+
+
+class StepFigures(Callback):
+    """Log each loss's gradient norm at the reconstruction, the decoder's, and the GAN's share. Always on.
+
+    ``gradient/<loss>`` is the norm over the whole batch, weight included, of what a loss adds to the gradient at the
+    reconstruction; ``gradient/reconstruction`` is that of all losses but the GAN's together; ``gradient/decoder`` is
+    the norm of the weights' gradient as the optimizer gets it. ``gan/share`` is ‖λ·w·g_gan‖ / (‖g_rec‖ + ‖λ·w·g_gan‖).
+
+    Everything stays on the device, in one vector: one all-reduce, and one copy that the optimizer's step hides.
+
+    Attributes:
+        bad: 0 or 1 (a scalar on the device), the same on all ranks: whether a loss or gradient is not finite.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.samples = 0
+        self.names: list[str] = []
+        self.bad = torch.zeros(())
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        self.sums, self.samples = {}, 0
+
+    def before_backward(self, state: State, logger: Logger) -> None:
+        count = len(state.outputs["recon"])
+        self.samples += count
+        for name, loss in state.loss.items():
+            self._add(f"loss/{name}", count * loss.detach())
+        for name, norm in state.outputs.get(GRADIENT_NORMS, {}).items():
+            self._add(f"gradient/{name}", (count * norm).square())
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    @torch.no_grad()
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        copies = dist.get_world_size() / _shards(gradients)
+        self.sums[_DECODER] = torch.stack(torch._foreach_norm(local)).float().square().sum() / copies
+        self.sums[_SAMPLES] = torch.full((), float(self.samples), device=local[0].device)
+        self.names = sorted(self.sums, key=lambda name: not name.startswith("loss/"))
+        self.mine = torch.stack([self.sums[name].float() for name in self.names])
+        total = self.mine.clone()
+        dist.all_reduce(total)
+        # With fp16, gradients that overflow are the scaler's to skip.
+        judged = total[: sum(name.startswith("loss/") for name in self.names)] if _scaled(state) else total
+        self.bad = (~judged.isfinite()).any().float()
+        self.readout = Readout(torch.cat([total, self.bad[None]]))
+
+    def is_bad(self) -> bool:
+        """Whether a loss or a gradient of this step, of whichever rank, is not finite."""
+        return self.readout.values()[-1] > 0
+
+    def culprits(self) -> list[str]:
+        """Which of this rank's figures are not finite."""
+        finite = self.mine.isfinite().tolist()
+        return [name for name, fine in zip(self.names, finite, strict=True) if not fine]
+
+    def values(self) -> dict[str, float]:
+        """The step's figures over all ranks, by name."""
+        sums = dict(zip(self.names, self.readout.values(), strict=False))
+        figures = {
+            name: math.sqrt(value) / sums[_SAMPLES] for name, value in sums.items() if name.startswith("gradient/")
+        }
+        figures[_DECODER] = math.sqrt(sums[_DECODER])
+        if "gradient/gan" in figures:
+            both = figures["gradient/gan"] + figures["gradient/reconstruction"]
+            figures["gan/share"] = figures["gradient/gan"] / both if both else 0.0
+        return figures
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        logger.log_metrics(self.values())
+
+
+def _scaled(state: State) -> bool:
+    return state.precision == Precision.AMP_FP16
+
+
+def _shards(gradients: list[Tensor]) -> int:
+    """Over how many ranks a gradient is spread out."""
+    first = gradients[0]
+    if not isinstance(first, DTensor):
+        return 1
+    sizes = [first.device_mesh.size(i) for i, placement in enumerate(first.placements) if placement.is_shard()]
+    return math.prod(sizes)
