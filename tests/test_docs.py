@@ -1,0 +1,200 @@
+"""The README and the guides: links lead somewhere, commands parse, configurations and examples hold.
+
+In a guide, a block that begins with ```` ```bash run ```` is run as it stands, with tiny networks in place of large ones.
+"""
+
+import argparse
+import ast
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from rae.config import Config, load_config
+from rae.run import check
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)? ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MODULES = {"rae": "rae.__main__", "rae.demo": "rae.demo", "rae.bench": "rae.bench.__main__"}
+
+
+def blocks(page, language: str) -> list[tuple[str, str]]:
+    """(mark, text) of a page's blocks in a language."""
+    return [(mark, text) for found, mark, text in BLOCK.findall(page.read_text()) if found == language]
+
+
+def anchors(page) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", page.read_text()))
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+class Parsed(BaseException):  # so that nothing catches it
+    """Carries the arguments of a command that would now begin its work."""
+
+
+def parsed(words: list[str], monkeypatch) -> argparse.Namespace:
+    """What a command's parser makes of its words, by running the command up to there."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, args=None, namespace=None):
+        raise Parsed(parse(self, args, namespace))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(Parsed) as stopped:
+        if words[0] in MODULES:
+            runpy.run_module(MODULES[words[0]], run_name="__main__")
+        else:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    monkeypatch.undo()
+    return stopped.value.args[0]
+
+
+def ours(line: str) -> list[str]:
+    """A shell line's words from our own script or module on, or nothing."""
+    words = shlex.split(line, comments=True)
+    if words[:1] == ["srun"]:  # which hands a shell the command
+        words = shlex.split(words[-1])
+    if "-m" in words and words[words.index("-m") + 1] in MODULES:
+        return words[words.index("-m") + 1 :]
+    scripts = [i for i, word in enumerate(words) if word == "train.py" or word.startswith("convert/")]
+    return words[scripts[0] :] if scripts else []
+
+
+def lines(text: str) -> list[str]:
+    return text.replace("\\\n", " ").splitlines()
+
+
+COMMANDS = [
+    pytest.param(words, id=f"{page.stem}: {' '.join(words)[:50]}")
+    for page in PAGES
+    for _, text in blocks(page, "bash")
+    for line in lines(text)
+    if (words := ours(line))
+]
+
+
+def written_here() -> dict[str, str]:
+    """Configurations that a guide tells its reader to write: blocks that begin with their name."""
+    texts = [text for page in PAGES for _, text in blocks(page, "yaml")]
+    return {match[1]: text for text in texts if (match := re.match(r"# (\S+\.yaml)\b", text))}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_commands_parse(words, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAE_BUCKET", "s3://bucket")
+    arguments = parsed(words, monkeypatch)
+    if words[0] != "train.py":
+        return
+    monkeypatch.setenv("RAE_BUCKET", "s3://bucket")
+    path = ROOT / arguments.config
+    if arguments.config in written_here():
+        path = tmp_path / "written.yaml"
+        path.write_text(written_here()[arguments.config])
+    load_config(str(path), arguments.overrides)
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        named = set(re.findall(r"\bmake ([a-z][\w-]+)", " ".join(re.findall(r"`make [^`]*`|^make .*$", page.read_text(), re.M))))
+        assert named <= targets, page
+
+
+def whole(fragment: dict) -> dict:
+    """The demo's configuration with a fragment's keys put in."""
+    base = OmegaConf.to_container(OmegaConf.load(ROOT / "yamls/rae_demo.yaml"), resolve=False)
+    for key, value in fragment.items():
+        if key in ("data", "model", "trainer"):
+            base[key] |= value
+        else:
+            base[key] = value
+    return OmegaConf.to_container(OmegaConf.create(base), resolve=True)
+
+
+FRAGMENTS = [
+    pytest.param(page, text, id=f"{page.stem}: {text[:30]!r}")
+    for page in PAGES
+    for mark, text in blocks(page, "yaml")
+    if mark != "manifest"
+]
+
+
+@pytest.mark.parametrize(("page", "text"), FRAGMENTS)
+def test_configurations_hold(page, text, monkeypatch, tmp_path):
+    monkeypatch.setattr("rae.config._check_path", lambda key, path: None)  # data that a reader has
+    monkeypatch.chdir(tmp_path)
+    write_examples(page, tmp_path)
+    check(Config.model_validate(whole(yaml.safe_load(text))))
+
+
+def test_manifests_are_yaml():
+    manifests = [text for page in PAGES for mark, text in blocks(page, "yaml") if mark == "manifest"]
+    assert manifests
+    for text in manifests:
+        assert all(document["kind"] for document in yaml.safe_load_all(text))
+
+
+def write_examples(page, folder) -> list[str]:
+    """Write the page's Python examples that begin with a file's name; returns the names."""
+    named = [(re.match(r"# (\w+\.py)\n", text), text) for _, text in blocks(page, "python")]
+    for match, text in named:
+        if match:
+            (folder / match[1]).write_text(text)
+    return [match[1] for match, _ in named if match]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_examples_compile(page):
+    for _, text in blocks(page, "python"):
+        ast.parse(text)
+
+
+def texts_in_source():
+    """Every text in the source, with anything in the place of what it puts in."""
+    for path in [ROOT / "train.py", *sorted((ROOT / "rae").rglob("*.py")), *sorted((ROOT / "convert").glob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield [part for text in node.value.split("{}") for part in (text, None)][:-1]
+
+
+@pytest.fixture(scope="module")
+def messages() -> list[re.Pattern]:
+    """What the source can say, as patterns; those with little text of their own would match anything."""
+    return [
+        re.compile("".join(".*?" if part is None else re.escape(part) for part in parts))
+        for parts in texts_in_source()
+        if sum(len(part) for part in parts if part) >= 12
+    ]
+
+
+ERROR_LINES = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", ERROR_LINES)
+def test_error_lines_are_the_programs_own(line, messages):
+    assert any(pattern.search(line) for pattern in messages)
+
+
+def test_error_lines_are_found():
+    assert len(ERROR_LINES) > 20
