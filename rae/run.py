@@ -30,6 +30,7 @@ from rae.callbacks.begin_step import BeginStep
 from rae.callbacks.checkpointer import Checkpointer
 from rae.callbacks.data_log import DataLog
 from rae.callbacks.guard import Guard
+from rae.callbacks.progress import Progress
 from rae.callbacks.step_figures import StepFigures
 from rae.checkpoints import METRICS, without_code
 from rae.config import Config, EvalData, check_data, is_remote, rank, save_config, to_yaml, world_size
@@ -190,6 +191,8 @@ def build_trainer(config: Config) -> Trainer:
         loggers.setdefault("console", {})
     arguments.setdefault("auto_log_hparams", False)
     callbacks = [figures, BeginStep(config.seed), DataLog(ledger), *_build_all("callback", _callbacks(config), context)]
+    interval = str(arguments.get("eval_interval", "1ep"))
+    progress = Progress(config.data.batch_size, f"{interval}ep" if interval.isdigit() else interval)
     passed = dict(
         model=model,
         train_dataloader=loader,
@@ -199,7 +202,7 @@ def build_trainer(config: Config) -> Trainer:
         step_schedulers_every_batch=True,
         algorithms=algorithms,
         algorithm_passes=[adversarial_last, *(c.without_updates for c in callbacks if isinstance(c, Guard))],
-        callbacks=[*callbacks, *([checkpointer] if checkpointer else [])],
+        callbacks=[*callbacks, progress, *([checkpointer] if checkpointer else [])],
         loggers=_build_all("logger", loggers, context),
         parallelism_config=parallelism(config),
         seed=config.seed,
@@ -411,7 +414,7 @@ def _open_eval(config: Config, source: EvalData | None, name: str) -> ImageDatas
 
 def _callbacks(config: Config) -> dict[str, Any]:
     """The configuration's, after those that are on by themselves."""
-    return {"guard": {}, **config.callbacks}
+    return {"guard": {}, **({"referee": {}} if "adversarial" in config.algorithms else {}), **config.callbacks}
 
 
 def _build_all(kind: str, entries: dict[str, Any], context: dict[str, Any]) -> list[Any]:

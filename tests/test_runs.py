@@ -24,7 +24,7 @@ def test_what_a_run_leaves_in_its_folder(undisturbed):
     assert resolved.model.noise_tau == 0.8
     pictures = sorted(p.name for p in (undisturbed / "pictures").iterdir())
     assert pictures == ["ba0000004.png", "ba0000008.png", "ba0000010.png"]
-    assert Image.open(undisturbed / "pictures/ba0000010.png").size == (4 * 66 + 2, 2 * 66 + 2)
+    assert Image.open(undisturbed / "pictures/ba0000010.png").size == (76 + 4 * 66 + 2, 4 * 66 + 2)
     assert list((undisturbed / "tensorboard").rglob("events.out.tfevents.*"))
 
 

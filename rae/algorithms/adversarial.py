@@ -5,13 +5,12 @@ from typing import Any, Literal
 
 import torch
 from composer import Algorithm, Event, Logger, State
-from composer.core import Precision, get_precision_context
+from composer.core import Precision
 from composer.optim import ComposerScheduler
 from composer.utils import dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from rae.algorithms.base import in_precision, loss_scale, reached
+from rae.algorithms.base import in_precision, loss_scale, precision_context, reached, unwrapped
 from rae.discriminator import diff_augment
 from rae.losses import (
     D_LOSSES,
@@ -113,6 +112,10 @@ class Adversarial(Algorithm):
         self.augmentation = {} if augment is True else augment
         self.seen: list[tuple[Tensor, Tensor]] = []  # (image, latent or reconstruction) of each microbatch
         self.adaptive_weights: list[Tensor] = []
+        self.figures: dict[str, float] = {}
+        """What the step logged of the discriminator; empty before it begins."""
+        self.logits: tuple[Tensor, Tensor] | None = None
+        """Of the last microbatch that it was trained on, real and fake: (B, …) each."""
         self.bad_update = 0.0
         """1 when the step's update of the discriminator was left out, as a loss or gradient of it was not finite."""
 
@@ -123,7 +126,7 @@ class Adversarial(Algorithm):
         if event == Event.INIT:
             self._to_device(state)
         elif event == Event.BATCH_START:
-            self.seen, self.adaptive_weights, self.bad_update = [], [], 0.0
+            self.seen, self.adaptive_weights, self.bad_update, self.figures = [], [], 0.0, {}
         elif event == Event.AFTER_LOSS:
             if reached(state, self.discriminator_start):
                 fake = state.outputs["latent" if self.fakes == "fresh" else "recon"].detach()
@@ -133,8 +136,8 @@ class Adversarial(Algorithm):
         elif self.seen:
             pairs = [(to_float(image), self._fake(state, fake)) for image, fake in self.seen]
             for _ in range(self.updates_per_step):
-                figures = self._update(state, pairs)
-            logger.log_metrics(figures)
+                self.figures = self._update(state, pairs)
+            logger.log_metrics(self.figures)
             self.seen = []
 
     def _to_device(self, state: State) -> None:
@@ -155,7 +158,7 @@ class Adversarial(Algorithm):
 
     def _add_term(self, state: State) -> None:
         """Replace the total by one that also holds the GAN term and needs a single backward pass."""
-        recon, model, scale = state.outputs["recon"], _unwrapped(state), loss_scale(state)
+        recon, model, scale = state.outputs["recon"], unwrapped(state), loss_scale(state)
         grad_rec = gradient_at(state.loss["total"], recon, scale)
         fake = recon.detach().requires_grad_()
         augmented = self._augmented(fake)
@@ -193,8 +196,8 @@ class Adversarial(Algorithm):
     @torch.no_grad()
     def _fake(self, state: State, seen: Tensor) -> Tensor:
         """What the discriminator is shown: 8-bit reconstructions, fresh from the latents or the step's own."""
-        with get_precision_context(state.precision):
-            return quantize(_unwrapped(state).rae.decode(seen) if self.fakes == "fresh" else seen)
+        with precision_context(state):
+            return quantize(unwrapped(state).rae.decode(seen) if self.fakes == "fresh" else seen)
 
     def _update(self, state: State, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """One discriminator step on (real, fake) of each microbatch."""
@@ -204,18 +207,20 @@ class Adversarial(Algorithm):
         figures = torch.zeros(4, device=self.parameters[0].device)
         for real, fake in pairs:
             share = len(real) / samples
-            with get_precision_context(state.precision):
+            with precision_context(state):
                 # Fake before real: each call takes a step of spectral norm's power iteration.
                 logits_fake = self.discriminator(self._augmented(fake)).float()
                 logits_real = self.discriminator(self._augmented(real)).float()
+            self.logits = logits_real.detach(), logits_fake.detach()
             loss = self.discriminator_loss(logits_real, logits_fake)
             self.scaler.scale(loss * share).backward()
             accuracy = (logits_real > logits_fake).float().mean()
             figures += share * torch.stack([loss, logits_real.mean(), logits_fake.mean(), accuracy]).detach()
         self._average_gradients()
+        dist.all_reduce(figures)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.scaler.step(self.optimizer)
         bad = self._prevent_bad_step(figures)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         return self._named(figures, bad, learning_rate)
@@ -250,7 +255,8 @@ class Adversarial(Algorithm):
         if self.adaptive_weights:
             named["gan/adaptive_weight"] = torch.stack(self.adaptive_weights).mean()
         # One transfer for all of them: each makes the processor wait for the device.
-        *floats, self.bad_update = torch.stack([*named.values(), bad]).tolist()
+        *floats, bad_now = torch.stack([*named.values(), bad]).tolist()
+        self.bad_update = max(self.bad_update, bad_now)
         return {**dict(zip(named, floats, strict=True)), "lr/discriminator": learning_rate}
 
     def state_dict(self) -> dict[str, Any]:
@@ -267,8 +273,3 @@ class Adversarial(Algorithm):
         self.schedule.load_state_dict(state["schedule"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-
-
-def _unwrapped(state: State) -> RAEModel:
-    model = state.model
-    return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]

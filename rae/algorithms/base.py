@@ -1,13 +1,16 @@
 """What algorithms share: start times, and loss terms."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
+import torch
 from composer import Algorithm, Event, Logger, State, Time
 from composer.core import Precision, TimeUnit, get_precision_context
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rae.losses import note_gradient, value_and_gradient, with_gradient
-from rae.model import to_float
+from rae.model import RAEModel, to_float
 
 
 def reached(state: State, time: str) -> bool:
@@ -19,16 +22,30 @@ def reached(state: State, time: str) -> bool:
     return state.timestamp.get(when.unit) >= when
 
 
+def unwrapped(state: State) -> RAEModel:
+    """The model, out of what DDP wraps around it."""
+    model = state.model
+    return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]
+
+
 def loss_scale(state: State) -> float:
     """By what losses are multiplied before a backward pass; 1 but with fp16."""
     return state.scaler.get_scale() if state.precision == Precision.AMP_FP16 else 1.0
+
+
+def precision_context(state: State) -> AbstractContextManager[None]:
+    """Autocast to the training precision; on a CPU too, where Composer has none and :mod:`rae.plan` takes its steps."""
+    if state.device.name != "cpu":
+        return get_precision_context(state.precision)
+    dtype = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}.get(state.precision)
+    return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
 
 def in_precision(state: State, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function, computed in the training precision; a backward pass through it runs outside that context."""
 
     def computed(*args: Tensor) -> Tensor:
-        with get_precision_context(state.precision):
+        with precision_context(state):
             return function(*args)
 
     return computed
@@ -76,6 +93,6 @@ class LossTerm(Algorithm):
         recon, image = state.outputs["recon"], to_float(state.batch["image"])
         compute = in_precision(state, self.compute)
         value, gradient = value_and_gradient(compute, recon, image, chunk=self.chunk, scale=loss_scale(state))
+        note_gradient(state.outputs, self.name, gradient, self.weight)
         state.loss[self.name] = value
         state.loss["total"] = state.loss["total"] + self.weight * with_gradient(value, recon, gradient)
-        note_gradient(state.outputs, self.name, gradient, self.weight)

@@ -202,7 +202,9 @@ class Checkpointer(Callback):
         self.local = Path(run_dir, "uploads", f"node{dist.get_node_rank()}") if self.remote else Path(folder)
         # Who moves what all have written to its place: one for each disk.
         self.mover = (dist.get_local_rank() if self.remote else dist.get_global_rank()) == 0
-        self.due = create_interval_scheduler(interval)
+        self.interval, self.due = interval, create_interval_scheduler(interval)
+        self.saves, self.seconds = 0, 0.0
+        """How many checkpoints this start has saved, and how long that took."""
         self.saved_at: tuple[int, int] | None = None
         self.uploader = Uploader(folder, upload_attempts) if self.remote else None
         self.stop = StopRequest()
@@ -266,6 +268,11 @@ class Checkpointer(Callback):
         """Save now, unless this very moment is saved already. A collective call."""
         if self.saved_at == _time(state):
             return
+        begun = time.perf_counter()
+        self._save(state)
+        self.saves, self.seconds = self.saves + 1, self.seconds + time.perf_counter() - begun
+
+    def _save(self, state: State) -> None:
         broken = sorted({name for names in dist.all_gather_object(nonfinite_weights(state)) for name in names})
         if broken:
             step = int(state.timestamp.batch)

@@ -8,6 +8,7 @@ from composer import Event, Logger, State
 from composer.loggers import LoggerDestination
 from composer.utils import create_interval_scheduler, dist
 
+from rae.callbacks.progress import Progress
 from rae.registry import TimeString, register
 
 
@@ -55,7 +56,8 @@ class Console(LoggerDestination):
             if name.startswith(prefix)
         }
         epoch = int(state.timestamp.epoch) + int(state.timestamp.batch_in_epoch) / int(state.dataloader_len or 1)
-        _print(f"step {batch} (epoch {epoch:.2f} of {state.max_duration}, {speed:.2f} steps/s)", figures)
+        left = next((f", {c.left}" for c in state.callbacks if isinstance(c, Progress) and c.left is not None), "")
+        _print(f"step {batch} (epoch {epoch:.2f} of {state.max_duration}, {speed:.2f} steps/s{left})", figures)
 
 
 def _print(head: str, figures: dict[str, Any]) -> None:

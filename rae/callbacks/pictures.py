@@ -1,5 +1,6 @@
 """Pictures of fixed evaluation images and their reconstructions while training."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -7,71 +8,108 @@ import torch
 from composer import Callback, Event, Logger, State
 from composer.core import get_precision_context
 from composer.utils import create_interval_scheduler, dist
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
+from rae.algorithms.base import unwrapped
 from rae.algorithms.ema import EMA
 from rae.model import quantize, to_float
 from rae.registry import TimeString, register
 
+_PADDING, _MARGIN, _FONT_SIZE = 2, 76, 12
 
-def comparison(image: Tensor, recon: Tensor, padding: int = 2) -> Tensor:
-    """Originals above their reconstructions.
+
+def labelled_rows(rows: dict[str, Tensor]) -> Tensor:
+    """Rows of images, each with its name in a margin at the left.
 
     Args:
-        image, recon: (B, 3, H, W) in [0, 1].
+        rows: name -> (B, 3, H, W) in [0, 1], all of one shape.
 
     Returns:
-        (3, 2·(H + padding) + padding, B·(W + padding) + padding)
+        (3, R·(H + 2) + 2, 76 + B·(W + 2) + 2) for R rows
     """
-    return make_grid(torch.cat([image, recon.clamp(0, 1)]), nrow=len(image), padding=padding, pad_value=1.0)
+    images = list(rows.values())
+    grid = make_grid(torch.cat(images).clamp(0, 1), nrow=len(images[0]), padding=_PADDING, pad_value=1.0).cpu()
+    margin = Image.new("RGB", (_MARGIN, grid.shape[1]), "white")
+    draw, height = ImageDraw.Draw(margin), images[0].shape[2] + _PADDING
+    for i, name in enumerate(rows):
+        draw.text((4, (i + 0.5) * height), name, "black", ImageFont.load_default(_FONT_SIZE), anchor="lm")
+    return torch.cat([pil_to_tensor(margin).float() / 255, grid], dim=2)
 
 
 @register("callback", "pictures", context=("run_dir", "eval_images"))
 class Pictures(Callback):
-    """Save a picture of the first evaluation images above their reconstructions, and send it to the loggers.
+    """Save a picture of the first evaluation images and their reconstructions, and send it to the loggers.
 
-    The reconstructions are made with the weights that evaluation uses (the average, when ``ema`` is on).
+    Rows: ``original``; ``live``, by the weights as they are; ``ema``, by their average, when ``ema`` is on; and
+    ``noised``, from latents with noise that is the same in every picture, by the weights that evaluation uses.
 
     Args:
         run_dir: pictures go to its ``pictures`` folder (supplied).
         eval_images: the evaluation data set (supplied).
         interval: how often; a picture is also made at the end.
         count: how many images.
+        noise_tau: of the noised row, see :func:`rae.layers.fixed_latent_noise`; the model's by default, 0 for no row.
     """
 
-    def __init__(self, run_dir: str, eval_images: Dataset | None, interval: TimeString = "1ep", count: int = 8):
+    def __init__(
+        self,
+        run_dir: str,
+        eval_images: Dataset | None,
+        interval: TimeString = "1ep",
+        count: int = 8,
+        noise_tau: float | None = None,
+    ):
         if eval_images is None:
             raise ValueError("pictures are made of evaluation images: set data.eval.path")
         if count < 1:
             raise ValueError(f"count must be at least 1, not {count}")
+        if noise_tau is not None and noise_tau < 0:
+            raise ValueError(f"noise_tau must be at least 0, not {noise_tau}")
         self.folder = Path(run_dir) / "pictures"
-        self.eval_images, self.count = eval_images, count
+        self.eval_images, self.count, self.noise_tau = eval_images, count, noise_tau
         self.image: Tensor | None = None
         self.drawn_at = -1
         self.due = create_interval_scheduler(interval, checkpoint_events=False, include_end_of_training=False)
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         due = event in (Event.BATCH_END, Event.EPOCH_END) and self.due(state, event)
-        if due or (event == Event.FIT_END and self.drawn_at != int(state.timestamp.batch)):
+        if (due or event == Event.FIT_END) and self.drawn_at != int(state.timestamp.batch):
             self.drawn_at = int(state.timestamp.batch)
             self._draw(state, logger)
 
     def _draw(self, state: State, logger: Logger) -> None:
+        """A collective call: under FSDP every rank makes every reconstruction."""
         if self.image is None:
             total = len(self.eval_images)  # type: ignore[arg-type]
             picked = [self.eval_images[i]["image"] for i in range(min(self.count, total))]
             self.image = state.device.tensor_to_device(torch.stack(picked))
-        emas = [a for a in state.algorithms if isinstance(a, EMA) and a.evaluates_average(None)]
         was_training = state.model.training
         state.model.eval()
-        with torch.no_grad(), get_precision_context(state.precision), emas[0].averaged() if emas else nullcontext():
-            recon = quantize(state.model({"image": self.image})["recon"])
+        with torch.no_grad(), get_precision_context(state.precision):
+            rows = {"original": to_float(self.image), **dict(self._reconstructions(state, self.image))}
         state.model.train(was_training)
         if dist.get_global_rank() != 0:
             return
-        picture = comparison(to_float(self.image), recon).cpu()
+        picture = labelled_rows(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_image(picture, self.folder / f"ba{int(state.timestamp.batch):07d}.png")
         logger.log_images(picture, name="pictures/reconstructions", channels_last=False, use_table=False)
+
+    def _reconstructions(self, state: State, image: Tensor) -> Iterator[tuple[str, Tensor]]:
+        def recon(**noise: Tensor) -> Tensor:
+            return quantize(state.model({"image": image, **noise})["recon"])
+
+        ema = next((a for a in state.algorithms if isinstance(a, EMA)), None)
+        yield "live", recon()
+        if ema is not None:
+            with ema.averaged():
+                yield "ema", recon()
+        tau = unwrapped(state).rae.noise_tau if self.noise_tau is None else self.noise_tau
+        if tau:
+            with ema.averaged() if ema is not None and ema.evaluates_average(None) else nullcontext():
+                numbers = torch.arange(len(image))
+                yield f"noised {tau:g}", recon(noise_tau=torch.full((len(image),), float(tau)), index=numbers)

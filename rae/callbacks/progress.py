@@ -1,0 +1,242 @@
+"""How far training is, and how long it still takes: by phase, with evaluations and checkpoints."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from composer import Callback, Event, Logger, State, Time
+from composer.core import TimeUnit, get_precision_context
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from rae.algorithms.adversarial import Adversarial
+from rae.algorithms.base import LossTerm, unwrapped
+from rae.callbacks.checkpointer import Checkpointer
+
+
+class Mean:
+    """Of durations, without the first if there are others: that one loads, compiles and fills caches."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.first = 0, 0.0, 0.0
+
+    def add(self, seconds: float) -> None:
+        self.first = self.first if self.count else seconds
+        self.count, self.total = self.count + 1, self.total + seconds
+
+    @property
+    def value(self) -> float:
+        return (self.total - self.first) / (self.count - 1) if self.count > 1 else self.first
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a step does from ``start`` (a number of finished steps) on, and its operations an image."""
+
+    start: int
+    operations: float
+
+
+@dataclass(frozen=True)
+class Left:
+    """An estimate of the time to a run's end.
+
+    Attributes:
+        seconds: all that is known of.
+        measured: which share of them rests on times that this start has measured.
+        complete: whether nothing is left out, for want of any measurement.
+    """
+
+    seconds: float
+    measured: float
+    complete: bool
+
+    def __str__(self) -> str:
+        sign = "≥ " if not self.complete else "≈ " if self.measured < 1 else ""
+        return f"{sign}{timedelta(seconds=round(self.seconds))} left"
+
+
+def time_left(now: int, end: int, parts: list[Part], steps: Mapping[int, Mean], pauses: list[tuple[int, Mean]]) -> Left:
+    """The time from step ``now`` to step ``end``.
+
+    A phase that was not measured is projected from the last one that was, by its operations. A pause that was never
+    measured is left out.
+
+    Args:
+        parts: what steps are made of; each distinct ``start`` begins a phase.
+        steps: phase (the step at which it begins) -> its measured steps; at least one.
+        pauses: (how many are to come, how long those before took).
+    """
+    begins = sorted({0, *(part.start for part in parts)})
+    seconds = measured = 0.0
+    reference = max(steps)
+    for begin, next_begin in zip(begins, [*begins[1:], end], strict=True):
+        count = max(0, min(next_begin, end) - max(begin, now))
+        if begin in steps:
+            measured += count * steps[begin].value
+            seconds += count * steps[begin].value
+        else:
+            factor = _operations(parts, begin) / _operations(parts, reference)
+            seconds += count * steps[reference].value * factor
+    for count, mean in pauses:
+        measured += count * mean.value
+        seconds += count * mean.value
+    complete = all(mean.count or not count for count, mean in pauses)
+    return Left(seconds, measured / seconds if seconds else 1.0, complete)
+
+
+def _operations(parts: list[Part], begin: int) -> float:
+    return sum(part.operations for part in parts if part.start <= begin)
+
+
+class Progress(Callback):
+    """Log ``time/remaining`` (seconds) and ``time/remaining_measured`` (the share that was measured). Always on.
+
+    Steps before the discriminator, with it, and with the GAN take different times; each phase's mean is measured by
+    itself, and evaluations and saving checkpoints apart. Until a phase is reached, its steps are projected: the time
+    of the last measured phase, times the ratio of floating-point operations, counted once on one image through the
+    real networks. The console says ``≥`` while evaluations or checkpoints to come have never been measured, ``≈``
+    while a phase is projected, and neither when all is measured.
+
+    Args:
+        batch_size: over all ranks.
+        eval_interval: a time string.
+        clock: seconds.
+    """
+
+    def __init__(self, batch_size: int, eval_interval: str, clock: Callable[[], float] = time.perf_counter):
+        self.batch_size, self.eval_interval, self.clock = batch_size, eval_interval, clock
+        self.steps: dict[int, Mean] = {}
+        self.evaluations, self.checkpoints = Mean(), Mean()
+        self.parts: list[Part] = []
+        self.end: int | None = None
+        self.left: Left | None = None
+        self.mark = self.spent = self.saving = 0.0
+        self.saves = 0
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.FIT_START:
+            self._start(state)
+        elif event == Event.BATCH_END:
+            self._end_step(state, logger)
+        elif event == Event.EVAL_BEFORE_ALL:
+            self.spent += self._lap()
+        elif event == Event.EVAL_AFTER_ALL:
+            self.evaluations.add(self._lap())
+
+    def _lap(self) -> float:
+        before, self.mark = self.mark, self.clock()
+        return self.mark - before
+
+    def _start(self, state: State) -> None:
+        assert state.max_duration is not None
+        self.end = self._step_of(state.max_duration, state)
+        if self.end is not None and any(start > int(state.timestamp.batch) for start in self._starts(state)):
+            parts = [
+                (self._step_of(Time.from_timestring(when), state), n) for when, n in step_operations(state).items()
+            ]
+            self.parts = [Part(start, n) for start, n in parts if start is not None and start < self.end]
+        self.mark, self.spent = self.clock(), 0.0
+
+    def _starts(self, state: State) -> list[int]:
+        names = [getattr(a, name, None) for a in state.algorithms for name in ("start", "discriminator_start")]
+        times = [self._step_of(Time.from_timestring(name), state) for name in names if isinstance(name, str)]
+        return [when for when in times if when is not None]
+
+    def _step_of(self, when: Time, state: State) -> int | None:
+        """The number of finished steps at ``when``; None if it is not counted in steps."""
+        if when.unit == TimeUnit.BATCH:
+            return int(when)
+        if when.unit == TimeUnit.SAMPLE:
+            return math.ceil(int(when) / self.batch_size)
+        if when.unit == TimeUnit.EPOCH and state.dataloader_len is not None:
+            return math.ceil(float(when.value) * int(state.dataloader_len))
+        if when.unit == TimeUnit.DURATION and self.end is not None:
+            return math.ceil(float(when.value) * self.end)
+        return None
+
+    def _end_step(self, state: State, logger: Logger) -> None:
+        step = int(state.timestamp.batch)
+        seconds = self.spent + self._lap() - self._saved(state)
+        self.spent = 0.0
+        phase = max((part.start for part in self.parts if part.start < step), default=0)
+        self.steps.setdefault(phase, Mean()).add(seconds)
+        self.left = self._estimate(step, state)
+        if self.left is not None:
+            figures = {"time/remaining": self.left.seconds, "time/remaining_measured": self.left.measured}
+            logger.log_metrics(figures)
+
+    def _saved(self, state: State) -> float:
+        """Seconds of this interval that went into checkpoints."""
+        checkpointer = next((c for c in state.callbacks if isinstance(c, Checkpointer)), None)
+        if checkpointer is None or checkpointer.saves == self.saves:
+            return 0.0
+        seconds, count = checkpointer.seconds - self.saving, checkpointer.saves - self.saves
+        for _ in range(count):
+            self.checkpoints.add(seconds / count)
+        self.saves, self.saving = checkpointer.saves, checkpointer.seconds
+        return seconds
+
+    def _estimate(self, step: int, state: State) -> Left | None:
+        assert state.max_duration is not None
+        if state.max_duration.unit == TimeUnit.SECOND:
+            elapsed = state.timestamp.total_wct.total_seconds()
+            return Left(max(0.0, float(state.max_duration.value) - elapsed), 1.0, True)
+        if self.end is None:
+            return None
+        pauses = []
+        if state.evaluators:
+            pauses.append((self._times(self.eval_interval, step, state, at_end=True), self.evaluations))
+        for checkpointer in state.callbacks:
+            if isinstance(checkpointer, Checkpointer):
+                pauses.append((self._times(checkpointer.interval, step, state, at_end=True), self.checkpoints))
+        return time_left(step, self.end, self.parts, self.steps, pauses)
+
+    def _times(self, interval: str, step: int, state: State, at_end: bool) -> int:
+        """How often something that is done every ``interval``, and at the end, is still to be done."""
+        every = self._step_of(Time.from_timestring(interval), state)
+        assert self.end is not None
+        if not every:
+            return 0
+        return self.end // every - step // every + (1 if at_end and self.end % every else 0)
+
+
+@torch.no_grad()
+def step_operations(state: State) -> dict[str, float]:
+    """Time string -> floating-point operations an image that a step takes on from then. A collective call.
+
+    Forward passes are counted on one image. A pass backward through a trained network counts twice its forward
+    pass, and through a frozen one once.
+    """
+    model = unwrapped(state)
+    image = torch.zeros(1, 3, *[model.rae.decoder.grid * model.rae.decoder.patch_size] * 2, device=_device(state))
+    was_training = model.training
+    model.eval()
+    encode, tokens = _counted(state, lambda: model.rae.clean_tokens(image))
+    decode, recon = _counted(state, lambda: model.rae.decode(model.rae.latent_of(tokens)))
+    parts = {"0ba": encode + 3 * decode}
+    for algorithm in state.algorithms:
+        if isinstance(algorithm, LossTerm) and algorithm.network is not None:
+            term, _ = _counted(state, lambda term=algorithm: term.compute(recon, image))  # type: ignore[misc]
+            parts[algorithm.start] = parts.get(algorithm.start, 0) + 1.5 * term  # both images forward, one back
+        elif isinstance(algorithm, Adversarial):
+            algorithm.discriminator.eval()
+            judge, _ = _counted(state, lambda a=algorithm: a.discriminator(recon))  # type: ignore[misc]
+            update = 2 * judge * algorithm.updates_per_step + (decode if algorithm.fakes == "fresh" else 0)
+            for start, operations in ((algorithm.discriminator_start, update), (algorithm.start, 2 * judge)):
+                parts[start] = parts.get(start, 0) + operations
+    model.train(was_training)
+    return parts
+
+
+def _counted(state: State, function: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    with FlopCounterMode(display=False) as counter, get_precision_context(state.precision):
+        result = function()
+    return float(counter.get_total_flops()), result.float()
+
+
+def _device(state: State) -> torch.device:
+    return state.device.tensor_to_device(torch.zeros(())).device
