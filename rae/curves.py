@@ -10,12 +10,17 @@ PANELS = {  # title -> names in metrics.jsonl
     "discriminator": ["discriminator/loss", "discriminator/accuracy"],
     "logits": ["discriminator/logits_real", "discriminator/logits_fake"],
     "GAN term": ["loss/train/gan", "gan/adaptive_weight"],
+    "gradients at the reconstruction": [f"gradient/{n}" for n in ("l1", "mse", "perceptual", "lpips", "gan")],
+    "the decoder's gradient": ["gradient/decoder"],
+    "the GAN's share in the update": ["gan/share"],
     "learning rates": ["lr/decoder", "lr/discriminator"],
     "PSNR (dB)": ["metrics/eval/psnr", "metrics/eval_live/psnr"],
     "SSIM": ["metrics/eval/ssim", "metrics/eval_live/ssim"],
     "feature distances": ["metrics/eval/lpips", "metrics/eval/feature_distance", "metrics/eval_live/feature_distance"],
     "Fréchet distances": ["metrics/eval/rfid", "metrics/eval/frechet", "metrics/eval_live/frechet"],
 }
+
+LOGARITHMIC = ("reconstruction losses", "gradients at the reconstruction", "the decoder's gradient")
 
 
 def plot(run_dir: str) -> Path:
@@ -52,7 +57,7 @@ def plot(run_dir: str) -> Path:
         ax.set_xlim(left=0)
         ax.grid(alpha=0.3)
         ax.legend()
-        if title == "reconstruction losses":
+        if title in LOGARITHMIC:
             ax.set_yscale("log")
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
