@@ -2,26 +2,42 @@
 
 import argparse
 import importlib
+import keyword
 import sys
 
 from rae.registry import UserError
 
 COMMANDS = {  # name, which is its module's in rae/commands -> what it does
     "curves": "draw a run's figures",
+    "evaluate": "measure autoencoders on a data set: a table of every metric, several side by side",
+    "export": "write an autoencoder as our folder, published weights or a diffusers folder",
+    "import": "make our folder of published weights or a diffusers folder",
+    "plan": "what a run will take: operations, memory, time, bytes; before anything is spent",
+    "reconstruct": "reconstruct images: pictures, figures of each, a page to look through them",
+    "stats": "the mean and variance of a data set's latents",
 }
 
 
-def main() -> None:
-    """Parse the command line, and run the command; only its own module is imported."""
+def _module(name: str) -> str:
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
+def main(words: list[str] | None = None) -> None:
+    """Parse the command line, and run the command; only its own module is imported.
+
+    Args:
+        words: of the command line, by default this process's.
+    """
+    words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser(
         prog="python -m rae",
         description="Work with Representation Autoencoders. Training is `composer train.py YAML`.",
         epilog="`python -m rae COMMAND --help` explains a command.",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    chosen = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    chosen = next((word for word in words if not word.startswith("-")), None)
     for name, line in COMMANDS.items():
-        module = importlib.import_module(f"rae.commands.{name}") if name == chosen else None
+        module = importlib.import_module(f"rae.commands.{_module(name)}") if name == chosen else None
         subparser = subparsers.add_parser(
             name,
             help=line,
@@ -31,7 +47,7 @@ def main() -> None:
         if module:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         arguments.run(arguments)
     except UserError as error:

@@ -1,6 +1,7 @@
 """timm backbones as feature extractors, with weights from a hub, a file or an installed package."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ class TimmFeatures(nn.Module):
         super().__init__()
         options: dict[str, Any] = {} if levels is None else {"out_indices": tuple(levels)}
         try:
-            network = _create(model, weights is None, options, input_size)
+            network = _create(model, weights is None and not weightless(), options, input_size)
         except (RuntimeError, AssertionError, IndexError, OSError, ValueError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(f"cannot create the timm model {model!r} with levels {levels}: {reason}") from error
-        if weights not in (None, "random"):
+        if weights not in (None, "random") and not weightless():
             load_in_order(network, weight_file(weights), model)
         config = timm.get_pretrained_cfg(model, allow_unregistered=False)
         self.mean, self.std = config.mean, config.std
@@ -57,6 +58,11 @@ def _create(model: str, pretrained: bool, options: dict[str, Any], input_size: i
         except TypeError:
             pass
     return timm.create_model(model, pretrained, features_only=True, **options)
+
+
+def weightless() -> bool:
+    """Whether modules are being built on the meta device, where weights are neither read nor downloaded."""
+    return torch.empty(0).is_meta
 
 
 def weight_file(source: str) -> Path:
@@ -96,6 +102,33 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if isinstance(state.get(key), dict):
             state = state[key]
     return state
+
+
+def check_tensors(
+    state: Mapping[str, Any],
+    expected: Mapping[str, Tensor],
+    where: str,
+    hint: str = "it is of another model, or damaged",
+) -> None:
+    """Compare the names and shapes of tensors with those that a model has.
+
+    Args:
+        where: what to call them in the message.
+        hint: its end.
+
+    Raises:
+        UserError: the first that is missing, unexpected or of another shape, and how many more there are.
+    """
+    faults = [f"{name} is missing" for name in expected.keys() - state.keys()]
+    faults += [f"{name} is unexpected" for name in state.keys() - expected.keys()]
+    faults += [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise UserError(f"{where}: {min(faults)}{more}; {hint}")
 
 
 def load_in_order(network: nn.Module, path: Path, name: str) -> None:

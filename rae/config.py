@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -196,16 +196,30 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    return validated(Config, plain)
+
+
+SomeSection = TypeVar("SomeSection", bound=Section)
+
+
+def validated(section: type[SomeSection], plain: Any, where: str = "") -> SomeSection:
+    """A section, or the whole configuration, of plain values whose keys and types are checked.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        UserError: an unknown key, wrong type or missing value.
+    """
     try:
-        return Config.model_validate(plain)
+        return section.model_validate(plain)
     except ValidationError as error:
         fault = error.errors()[0]
-        known = _known_keys(fault["loc"][:-1]) if fault["type"] == "extra_forbidden" else ()
-        raise UserError(explain(error, "", known)) from error
+        known = _known_keys(section, fault["loc"][:-1]) if fault["type"] == "extra_forbidden" else ()
+        raise UserError(f"{where}: {explain(error, '', known)}".removeprefix(": ")) from error
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Config
+def _known_keys(section: Any, location: tuple[Any, ...]) -> list[str]:
     for part in location:
         annotation = section.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rae.backbones import read_state_dict, weight_file
+from rae.backbones import check_tensors, read_state_dict, weight_file, weightless
 from rae.layers import sincos_positions, unpatchify
 from rae.registry import UserError
 
@@ -138,24 +138,23 @@ def load_published(decoder: Decoder, path: str) -> None:
     Raises:
         UserError: a tensor is missing, unexpected or of another shape, or positions differ.
     """
+    if weightless():
+        return
     state = read_state_dict(weight_file(path))
     state = {name.removeprefix("decoder."): tensor for name, tensor in state.items()}
-    expected = published_state_dict(decoder)
-    faults = [f"{name} is missing" for name in expected.keys() - state.keys()]
-    faults += [f"{name} is unexpected" for name in state.keys() - expected.keys()]
-    faults += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise UserError(f"decoder weights {path}: {sorted(faults)[0]}{more}; do model.decoder's sizes match the file?")
+    load_published_state(decoder, state, f"decoder weights {path}")
+
+
+def load_published_state(decoder: Decoder, state: dict[str, Tensor], where: str) -> None:
+    """Load a decoder's weights under published names; see :func:`load_published`.
+
+    Args:
+        where: what to call them in messages.
+    """
+    check_tensors(state, published_state_dict(decoder), where, "do model.decoder's sizes match the file?")
     trained = isinstance(decoder.positions, nn.Parameter)
     if not trained and not torch.allclose(state["decoder_pos_embed"], decoder.positions, atol=1e-5):
-        raise UserError(
-            f"decoder weights {path}: its position table was trained; set model.decoder.trainable_positions: true"
-        )
+        raise UserError(f"{where}: its position table was trained; set model.decoder.trainable_positions: true")
     decoder.load_state_dict(
         {name: torch.cat([state[n] for n in _published_names(name)]) for name in decoder.state_dict()}
     )

@@ -5,25 +5,32 @@ frozen encoder is named, by hub id or path, or lies beside them in ``encoder/``.
 """
 
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
-from pydantic import Field, ValidationError
+from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor
 
-from rae.backbones import read_state_dict
-from rae.config import Model, Section, is_remote, override
+from rae.backbones import check_tensors, read_state_dict
+from rae.config import DecoderSizes, Model, Section, is_remote, override, validated
+from rae.decoder import Decoder
+from rae.encoders.base import Encoder
 from rae.model import RAE, build_rae
-from rae.registry import UserError, explain, import_plugins
-from rae.storage import RemoteFolder, reason
+from rae.registry import UserError, check_plugin, find, import_plugins
+from rae.storage import RemoteFolder, can_delete, reason
 
-CONFIG, WEIGHTS, ENCODER = "config.json", "model.safetensors", "encoder"
-ENCODER_FILE = {"dinov2": "pretrained", "mae": "pretrained", "siglip2": "pretrained", "timm": "weights"}
-"""The argument of each encoder that names its weights."""
+CONFIG, WEIGHTS, ENCODER, CARD = "config.json", "model.safetensors", "encoder", "README.md"
+RUN = "config.yaml"
+"""The configuration of the run that it came from."""
+OURS = {CONFIG, WEIGHTS, ENCODER, CARD, RUN, "model.pt", "stat.pt", "diffusion_pytorch_model.safetensors"}
+"""What an export of any format may hold."""
 
 
 class Exported(Section):
@@ -119,10 +126,7 @@ def read_exported(local: Path, name: str, overrides: Iterable[str] = ()) -> Expo
         raise UserError(f"{name}/{CONFIG} is not an export's; python -m rae inspect {name} tells what the folder holds")
     loaded = OmegaConf.create(content)
     override(loaded, overrides)
-    try:
-        return Exported.model_validate(OmegaConf.to_container(loaded))
-    except ValidationError as error:
-        raise UserError(f"{name}/{CONFIG}: {explain(error, '')}") from error
+    return validated(Exported, OmegaConf.to_container(loaded), f"{name}/{CONFIG}")
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
@@ -151,15 +155,34 @@ def build_exported(local: Path, exported: Exported, name: str) -> RAE:
     return rae.eval()
 
 
-def _encoder_here(local: Path, encoder: Any) -> Any:
+def _encoder_here(local: Path, entry: Any) -> Any:
     """An encoder's settings, in which a path inside the export is where that lies now."""
-    if isinstance(encoder, dict) and len(encoder) == 1:
-        ((kind, arguments),) = encoder.items()
-        key = ENCODER_FILE.get(kind, "")
-        path = (arguments or {}).get(key)
-        if isinstance(path, str) and path.split("/")[0] == ENCODER and (local / path).exists():
-            return {kind: {**arguments, key: str(local / path)}}
-    return encoder
+    ((kind, arguments),) = check_plugin("encoder", entry, "model.encoder").items()
+    key = _weights_argument(kind)
+    path = arguments.get(key)
+    if isinstance(path, str) and path.split("/")[0] == ENCODER and (local / path).exists():
+        return {kind: {**arguments, key: str(local / path)}}
+    return entry
+
+
+def includes_encoder(model: Model) -> bool:
+    """Whether an export's encoder lies in it."""
+    return _encoder_weights(model).split("/")[0] == ENCODER
+
+
+def encoder_path(model: Model) -> str | None:
+    """The path of this machine, outside the export, by which its encoder is named, if it is by one."""
+    weights = _encoder_weights(model)
+    return weights if not includes_encoder(model) and Path(weights).expanduser().exists() and weights else None
+
+
+def _encoder_weights(model: Model) -> str:
+    ((kind, arguments),) = check_plugin("encoder", model.encoder, "model.encoder").items()
+    return arguments.get(_weights_argument(kind)) or ""
+
+
+def _weights_argument(encoder: str) -> str:
+    return getattr(find("encoder", encoder, "model.encoder"), "weights_argument", "")
 
 
 def load_weights(rae: RAE, state: dict[str, Tensor], where: str) -> None:
@@ -178,19 +201,118 @@ def load_weights(rae: RAE, state: dict[str, Tensor], where: str) -> None:
     rae.load_state_dict(state)
 
 
-def check_tensors(state: dict[str, Any], expected: dict[str, Tensor], where: str) -> None:
-    """Compare names and shapes of tensors with those that a model has.
+def write(rae: RAE, about: Exported, folder: Path, with_encoder: bool = False) -> Exported:
+    """Write an autoencoder's weights and configuration into an existing folder.
+
+    Args:
+        about: what is known of it.
+        with_encoder: put the frozen encoder's weights into the folder instead of naming it.
+
+    Returns:
+        what ``config.json`` says.
 
     Raises:
-        UserError: the first that is missing, unexpected or of another shape, and how many more there are.
+        UserError: the encoder is a plugin that cannot save its weights.
     """
-    faults = [f"{name} is missing" for name in expected.keys() - state.keys()]
-    faults += [f"{name} is unexpected" for name in state.keys() - expected.keys()]
-    faults += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise UserError(f"{where}: {min(faults)}{more}; it is of another model, or damaged")
+    encoder = _encoder_entry(rae.encoder.network, about.model.encoder, folder if with_encoder else None)
+    decoder = about.model.decoder.model_copy(update={"weights": None, "activation_checkpointing": False})
+    model = about.model.model_copy(update={"encoder": encoder, "decoder": decoder, "latent_stats": None})
+    model.pixel_loss = "l1"  # it is not part of an autoencoder
+    exported = about.model_copy(update={"model": model})
+    if type(rae.encoder.network).__module__.startswith("rae."):
+        exported.imports = []  # they may be gone; what needs them is not exported
+    save_file({name: tensor.detach().contiguous() for name, tensor in rae.state_dict().items()}, folder / WEIGHTS)
+    write_json(folder / CONFIG, exported.model_dump())
+    return exported
+
+
+def _encoder_entry(encoder: Encoder, entry: Any, folder: Path | None) -> dict[str, Any]:
+    """An encoder's settings, naming its weights by an absolute path, a hub id, or inside ``folder``."""
+    ((kind, arguments),) = check_plugin("encoder", entry, "model.encoder").items()
+    key = encoder.weights_argument
+    if folder is not None:
+        if not key:
+            raise UserError(f"the encoder {kind!r} is a plugin that cannot save its weights; export without them")
+        (folder / ENCODER).mkdir()
+        return {kind: {**arguments, key: str(Path(ENCODER, encoder.save_weights(folder / ENCODER)))}}
+    if isinstance(arguments.get(key), str) and Path(arguments[key]).expanduser().exists():
+        arguments[key] = str(Path(arguments[key]).expanduser().resolve())
+    return {kind: arguments}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a mapping as indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def decoder_sizes(decoder: Decoder) -> DecoderSizes:
+    """The explicit sizes of a decoder."""
+    first: Any = decoder.blocks[0]
+    return DecoderSizes(
+        patch_size=decoder.patch_size,
+        embed_dim=decoder.embed.out_features,
+        depth=len(decoder.blocks),
+        num_heads=first.attn.num_heads,
+        mlp_dim=first.mlp.fc1.out_features,
+        trainable_positions=isinstance(decoder.positions, torch.nn.Parameter),
+    )
+
+
+@contextmanager
+def new_folder(out: str, overwrite: bool = False) -> Iterator[Path]:
+    """A local folder to fill, which takes its place ``out`` when the block ends without an error.
+
+    Args:
+        out: a local path, or a URL.
+        overwrite: replace an earlier export; never a folder that holds anything else.
+
+    Raises:
+        UserError: ``out`` exists, or cannot be written to.
+    """
+    out = out.rstrip("/")
+    if is_remote(out):
+        with TemporaryDirectory(prefix="rae-") as scratch, _uploaded(out, Path(scratch, "out"), overwrite) as folder:
+            yield folder
+        return
+    place = Path(out)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{out} is a file; give a folder")
+    _check_replaceable(out, {path.name for path in place.iterdir()} if place.exists() else set(), overwrite)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
+            folder = Path(scratch, "out")
+            folder.mkdir()
+            yield folder
+            shutil.rmtree(place, ignore_errors=True)
+            folder.rename(place)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def _check_replaceable(out: str, names: set[str], overwrite: bool) -> None:
+    if names and not overwrite:
+        raise UserError(f"{out} exists; give another folder, or --overwrite to replace it")
+    if foreign := sorted(names - OURS):
+        raise UserError(f"{out} holds {foreign[0]}, which is no part of an export; give another folder")
+
+
+@contextmanager
+def _uploaded(out: str, folder: Path, overwrite: bool) -> Iterator[Path]:
+    remote = RemoteFolder(out)
+    try:
+        before = set(remote.list())
+    except Exception as error:
+        raise UserError(f"cannot read {out}: {reason(error)}") from error
+    _check_replaceable(out, {name.split("/")[0] for name in before}, overwrite)
+    remote.check_writable("OUT")
+    folder.mkdir()
+    yield folder
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    try:
+        for name in sorted(names, key=lambda name: name == CONFIG):  # what is read first comes last
+            remote.upload(folder / name, name)
+        if stale := before - set(names):
+            remote.delete(stale) if can_delete(out) else None
+    except Exception as error:
+        raise UserError(f"cannot write to {out}: {reason(error)}") from error

@@ -96,7 +96,7 @@ def fixed_latent_noise(latent: Tensor, tau: Tensor, index: Tensor, seed: int = 0
     return latent + noise.to(latent)
 
 
-def sincos_positions(dim: int, grid: int, prefix: int = 1) -> Tensor:
+def sincos_positions(dim: int, grid: int, prefix: int = 1, spread: float = 1.0) -> Tensor:
     """MAE's fixed 2-D sin-cos position table (arXiv 2111.06377).
 
     The first half of ``dim`` encodes the column, the second half the row; sines before cosines.
@@ -105,6 +105,7 @@ def sincos_positions(dim: int, grid: int, prefix: int = 1) -> Tensor:
         dim: embedding width, a multiple of 4.
         grid: tokens a side.
         prefix: rows of zeros in front, one for each token without a place.
+        spread: distance between neighbours.
 
     Returns:
         (1, prefix + grid², dim)
@@ -115,7 +116,7 @@ def sincos_positions(dim: int, grid: int, prefix: int = 1) -> Tensor:
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    row, column = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
+    row, column = torch.meshgrid(*[spread * torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
     halves = [torch.outer(index.flatten(), omega) for index in (column, row)]
     table = torch.cat([wave for angle in halves for wave in (angle.sin(), angle.cos())], dim=1)
     return torch.cat([table.new_zeros(prefix, dim), table]).float()[None]

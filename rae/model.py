@@ -7,7 +7,7 @@ from composer import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from rae.backbones import read_state_dict, weight_file
+from rae.backbones import read_state_dict, weight_file, weightless
 from rae.config import Model
 from rae.decoder import Decoder, load_published
 from rae.encoders.base import Encoder
@@ -49,9 +49,16 @@ class RAE(nn.Module):
         self.noise_tau, self.noise = noise_tau, noise
         self.register_buffer("image_mean", encoder.normalize.mean.clone(), persistent=False)
         self.register_buffer("image_std", encoder.normalize.std.clone(), persistent=False)
-        mean, var = _read_stats(latent_stats, encoder) if latent_stats else (None, None)
+        mean, var = read_stats(latent_stats, encoder) if latent_stats else (None, None)
         self.register_buffer("latent_mean", mean)
         self.register_buffer("latent_var", var)
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **options: Any) -> "RAE":
+        """An exported autoencoder, in eval mode; see :func:`rae.exports.load`."""
+        from rae.exports import load
+
+        return load(folder, **options)
 
     def encode(self, image: Tensor) -> Tensor:
         """Image in [0, 1] -> latent; noised in train mode, normalised by the statistics if there are any."""
@@ -99,9 +106,16 @@ class RAE(nn.Module):
         return module is self.decoder or any(module is block for block in self.decoder.blocks)
 
 
-def _read_stats(path: str, encoder: Encoder) -> tuple[Tensor, Tensor]:
-    state = read_state_dict(weight_file(path))
+def read_stats(path: str, encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """Latent statistics (mean and var) for an encoder's latents, each (C, h, w).
+
+    Raises:
+        UserError: the file is unreadable or of another shape.
+    """
     shape = (encoder.embed_dim, encoder.grid, encoder.grid)
+    if weightless():
+        return torch.empty(shape), torch.empty(shape)
+    state = read_state_dict(weight_file(path))
     for name in ("mean", "var"):
         if name not in state or tuple(state[name].shape) != shape:
             found = tuple(state[name].shape) if name in state else "missing"

@@ -1,6 +1,5 @@
 """Autoencoders opened from whatever holds one: runs, checkpoints, configurations, exports; local or in a bucket."""
 
-import argparse
 import json
 import logging
 import os
@@ -16,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rae import exports
+from rae import diffusers_format, exports
+from rae.algorithms.ema import LIVE_SUFFIX
+from rae.backbones import check_tensors
 from rae.checkpoints import (
     CONFIG,
     METRICS,
@@ -33,12 +34,15 @@ from rae.checkpoints import (
     list_checkpoints,
     without_code,
 )
-from rae.config import Config, is_remote, load_config
+from rae.config import Config, Model, is_remote, load_config
+from rae.encoders.base import Encoder
+from rae.exports import Exported
 from rae.model import RAE, build_rae
 from rae.registry import UserError, build, import_plugins
 from rae.storage import RemoteFolder, reason
 
 log = logging.getLogger(__name__)
+_PUBLISHED = "a published decoder; make an export of it with `python -m rae import`"
 
 
 @dataclass
@@ -50,9 +54,11 @@ class Source:
         image_size: side of the image that it makes.
         name: short, for tables, captions and file names.
         weights: which these are: ``ema``, ``live``, or ``given`` where there was no choice and no telling.
+        model: its settings, as in a configuration's ``model``.
         config: of the run that made it, if that is known.
+        imports: the user's plugin files or modules that it needs.
         trained: how far the run was, ``epoch`` and ``batch``.
-        figures: the run's last evaluation, if it was of this moment.
+        figures: the run's last evaluation, if it was of this moment and these weights: by data set and metric.
         discriminator: the discriminator's trained weights, if there are any.
     """
 
@@ -60,29 +66,17 @@ class Source:
     image_size: int
     name: str
     weights: str
+    model: Model
     config: Config | None = None
+    imports: list[str] = field(default_factory=list)
     trained: dict[str, int] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     discriminator: dict[str, Tensor] | None = None
 
-
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that opens a source."""
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "live"),
-        default="ema",
-        help="the average of a run's weights, or its last ones (default: ema, where there is an average)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU, if there is one)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of the source's configuration, e.g. model.encoder.dinov2.pretrained=PATH",
-    )
+    def about(self) -> Exported:
+        """What an export of it says of it."""
+        told = {key: getattr(self, key) for key in Exported.model_fields if hasattr(self, key)}
+        return Exported(**told)
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -137,9 +131,23 @@ def open_discriminator(source: Source, device: str | torch.device = "cpu") -> nn
         return None
     entry = (source.config.algorithms.get("adversarial") or {}).get("discriminator", {"dino": {}})
     discriminator = build("discriminator", entry, "algorithms.adversarial.discriminator")
-    exports.check_tensors(source.discriminator, discriminator.state_dict(), f"{source.name}: discriminator")
+    check_tensors(source.discriminator, discriminator.state_dict(), f"{source.name}: discriminator")
     discriminator.load_state_dict(source.discriminator)
     return discriminator.eval().to(device)
+
+
+def open_encoder(source: str, overrides: Iterable[str] = ()) -> tuple[Encoder, int, Config | None]:
+    """The frozen encoder of a source, its image size, and the run's configuration; a run's YAML is enough.
+
+    Raises:
+        UserError: as :func:`open_source`.
+    """
+    if source.endswith((".yaml", ".yml")):
+        config = load_config(source, overrides)
+        import_plugins(config.imports)
+        return build("encoder", config.model.encoder, "model.encoder"), config.data.image_size, config
+    opened = open_source(source, overrides=overrides)
+    return opened.rae.encoder.network, opened.image_size, opened.config  # type: ignore[return-value]
 
 
 def _open(source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
@@ -196,7 +204,7 @@ def _what_it_is(names: set[str]) -> str:
     if "index.json" in names:
         return f"a data set, not an autoencoder; {would_do}"
     if "model.pt" in names:
-        return "a published decoder; make an export of it with `python -m rae import`"
+        return _PUBLISHED
     found = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "") if names else "nothing"
     return f"no autoencoder: the folder holds {found}; {would_do}"
 
@@ -236,7 +244,11 @@ def _open_yaml(source: str, weights: str, overrides: list[str], scratch: Path) -
         )
     import_plugins(config.imports)
     rae = _explained(source, lambda: build_rae(config.model, config.data.image_size))
-    return Source(rae, config.data.image_size, config.run_name, "given", config)
+    return _of_config(rae, config, "given")
+
+
+def _of_config(rae: RAE, config: Config, weights: str) -> Source:
+    return Source(rae, config.data.image_size, config.run_name, weights, config.model, config, config.imports)
 
 
 def _open_newest(
@@ -263,7 +275,8 @@ def _open_checkpoint(local: Path, source: str, weights: str, overrides: list[str
     opened = _restore(_read_state(local, source, scratch), config, source, weights)
     batch, epoch = age(local.name)
     opened.name, opened.trained = f"{config.run_name}-{local.name}", {"epoch": epoch, "batch": batch}
-    opened.figures = _figures([local / METRICS, Path(config.run_dir, METRICS)], batch)
+    figures = _figures([local / METRICS, Path(config.run_dir, METRICS)], batch)
+    opened.figures = _of_weights(figures, opened.weights, config)
     return opened
 
 
@@ -277,6 +290,16 @@ def _figures(files: Iterable[Path], batch: int) -> dict[str, Any]:
         if isinstance(record, dict) and record.pop("batch", None) == batch:
             return record
     return {}
+
+
+def _of_weights(figures: dict[str, Any], weights: str, config: Config) -> dict[str, Any]:
+    """Those of an evaluation's figures that are of these weights, by data set."""
+    entry = config.algorithms.get("ema", {"evaluate": "live"}) or {}
+    evaluated = entry.get("evaluate", "ema")
+    if evaluated == "both":
+        wanted = {label: label.endswith(LIVE_SUFFIX) == (weights == "live") for label in figures}
+        return {label.removesuffix(LIVE_SUFFIX): values for label, values in figures.items() if wanted[label]}
+    return figures if evaluated == weights else {}
 
 
 def _open_file(source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
@@ -305,8 +328,8 @@ def _open_file(source: str, weights: str, overrides: list[str], scratch: Path) -
 def _read_state(checkpoint: Path, source: str, scratch: Path) -> dict[str, Any]:
     """What a checkpoint holds under ``state``; its tensors stay on the disk until they are used."""
     try:
+        path = in_form(checkpoint, False, scratch / "converted")
         with without_code():
-            path = in_form(checkpoint, False, scratch / "converted")
             content = torch.load(path, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -320,7 +343,7 @@ def _read_state(checkpoint: Path, source: str, scratch: Path) -> dict[str, Any]:
     if isinstance(content, dict) and "mean" in content and "var" in content:
         raise UserError(f"{source}: latent statistics, not an autoencoder; they belong under model.latent_stats")
     if isinstance(content, dict) and any("decoder_embed" in str(name) for name in content):
-        raise UserError(f"{source}: a published decoder; make an export of it with `python -m rae import`")
+        raise UserError(f"{source}: {_PUBLISHED}")
     raise UserError(f"{source} is no checkpoint of a run")
 
 
@@ -336,9 +359,9 @@ def _restore(state: dict[str, Any], config: Config, source: str, weights: str) -
         rae, {name.removeprefix("rae."): t for name, t in trained.items() if name.startswith("rae.")}, source
     )
     heads = algorithms.get("Adversarial", {}).get("discriminator")
-    heads = heads and {name: tensor.clone() for name, tensor in heads.items()}
-    used = "ema" if average else "live"
-    return Source(rae, config.data.image_size, config.run_name, used, config, discriminator=heads)
+    opened = _of_config(rae, config, "ema" if average else "live")
+    opened.discriminator = heads and {name: tensor.clone() for name, tensor in heads.items()}
+    return opened
 
 
 def _explained(source: str, build_it: Any) -> RAE:
@@ -350,8 +373,23 @@ def _explained(source: str, build_it: Any) -> RAE:
 
 def _open_export(source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
     local = exports.local_folder(source, scratch)
-    exported = exports.read_exported(local, source, overrides)
-    if weights == "live" and exported.weights == "ema":
-        raise UserError(f"{source} holds averaged weights only; export the run's again with --weights live")
-    rae = _explained(source, lambda: exports.build_exported(local, exported, source))
-    return Source(rae, exported.image_size, exported.name, exported.weights, None, exported.trained, exported.figures)
+    content = exports.read_json(local / exports.CONFIG, f"{source}/{exports.CONFIG}")
+    if "_class_name" in content:
+        rae, model, image_size = diffusers_format.read(local, source, scratch)
+        return Source(rae, image_size, _split(source)[1], "given", model)
+    if "decoder_hidden_size" in content:
+        raise UserError(f"{source}: {_PUBLISHED}")
+    about = exports.read_exported(local, source, overrides)
+    if weights == "live" and about.weights == "ema":
+        raise UserError(f"{source} holds averaged weights only; export the run again with --weights live")
+    rae = _explained(source, lambda: exports.build_exported(local, about, source))
+    known = {key: getattr(about, key) for key in ("name", "weights", "model", "imports", "trained", "figures")}
+    return Source(rae, about.image_size, config=_run_config(local), **known)
+
+
+def _run_config(local: Path) -> Config | None:
+    """The configuration of the run that an export came from; None where it is missing or of another version."""
+    try:
+        return load_config(str(local / exports.RUN))
+    except UserError:
+        return None

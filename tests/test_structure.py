@@ -14,8 +14,9 @@ GROUPS = [
     {"model", "exports", "published", "diffusers_format", "card"},
     {"algorithms", "callbacks", "evaluation"},
     {"parallelism", "resume"},
-    {"run", "curves"},
-    {"sources"},
+    {"run", "curves", "reconstruction"},
+    {"gallery"},
+    {"sources", "handover", "comparison"},
     {"commands"},
     {"demo", "bench", "__main__"},
 ]

@@ -2,3 +2,45 @@
 
 They parse and print; the work is done by the modules that they import when they run.
 """
+
+import argparse
+import os
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    """The options of every command that opens an autoencoder; see :func:`rae.sources.open_source`.
+
+    Args:
+        device: whether it computes.
+    """
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "live"),
+        default="ema",
+        help="the average of a run's weights, or its last ones (default: ema, where there is an average)",
+    )
+    if device:
+        parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU, if there is one)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the source's configuration, e.g. model.encoder.dinov2.pretrained=PATH",
+    )
+
+
+def check_counts(arguments: argparse.Namespace, *options: str) -> None:
+    """Raise UserError for an option, by its attribute's name, that is given and less than 1."""
+    from rae.registry import UserError
+
+    for option in options:
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
+
+
+def loading_workers(arguments: argparse.Namespace) -> int:
+    """``--workers``, by default as many as there are cores, and no more than 8."""
+    return min(8, os.cpu_count() or 1) if arguments.workers is None else arguments.workers

@@ -1,9 +1,14 @@
 """What every encoder is, and how encoders are loaded from Hugging Face folders."""
 
-from typing import Any
+import json
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from rae.backbones import weightless
+from rae.encoders.architectures import PUBLISHED
 from rae.layers import Normalize, resize
 from rae.registry import UserError
 
@@ -18,6 +23,9 @@ class Encoder(nn.Module):
         mean, std: the backbone's normalisation, three numbers each, for images in [0, 1].
     """
 
+    weights_argument: ClassVar[str] = ""
+    """The constructor's argument that names the backbone's weights, for encoders that can save them."""
+
     def __init__(self, embed_dim: int, input_size: int, grid: int, mean, std):
         super().__init__()
         self.embed_dim, self.input_size, self.grid = embed_dim, input_size, grid
@@ -31,13 +39,60 @@ class Encoder(nn.Module):
         """Image (B, 3, H, W) in [0, 1] -> tokens (B, grid², embed_dim)."""
         return self.tokens(self.normalize(resize(image, self.input_size)))
 
+    def save_weights(self, folder: Path) -> str:
+        """Write the backbone's weights into an existing folder.
+
+        Returns:
+            what of the folder ``weights_argument`` is to name, relative to it.
+        """
+        raise NotImplementedError
+
+
+class PretrainedEncoder(Encoder):
+    """An encoder on a transformers model, ``backbone``, whose final LayerNorm keeps no affine."""
+
+    weights_argument = "pretrained"
+    final_norm: ClassVar[str] = "layernorm"
+    """The module's name in the backbone."""
+    backbone: nn.Module
+
+    def save_weights(self, folder: Path) -> str:
+        mean, std = (tensor.flatten().tolist() for tensor in (self.normalize.mean, self.normalize.std))
+        save_pretrained(folder, self.backbone.config, self.backbone.state_dict(), self.final_norm, mean, std)
+        return "."
+
+
+def save_pretrained(
+    folder: Path, config: Any, state: dict[str, Tensor], final_norm: str, mean: list[float], std: list[float]
+) -> None:
+    """Write a folder that :func:`from_pretrained` reads.
+
+    Args:
+        config: transformers' configuration of the model.
+        state: its weights, but for the affine of ``final_norm``, which becomes the identity.
+    """
+    from safetensors.torch import save_file
+
+    width = torch.ones(config.hidden_size)
+    whole = {**state, f"{final_norm}.weight": width, f"{final_norm}.bias": torch.zeros_like(width)}
+    config.save_pretrained(folder)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in whole.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    processor = {"image_processor_type": "ViTImageProcessor", "image_mean": mean, "image_std": std}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
 
 def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
     """A transformers model and its image processor's settings, from a hub id or a local folder.
 
+    On the meta device (:func:`rae.backbones.weightless`) the configuration is enough.
+
     Raises:
         UserError: neither a local folder nor reachable on the hub, or of another architecture.
     """
+    if weightless():
+        return _from_architecture(model_class, name, **kwargs), {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     from safetensors import SafetensorError
     from transformers import BaseImageProcessor
     from transformers.utils import logging
@@ -62,6 +117,24 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> tuple[nn.Modu
             "is it of another family, or incomplete?"
         )
     return model, processor
+
+
+def _from_architecture(model_class: Any, name: str, **kwargs: Any) -> nn.Module:
+    from transformers import AutoConfig
+
+    family, sizes = PUBLISHED.get(name, ("", {}))
+    config_class = getattr(model_class, "config_class", None)
+    try:
+        if name in PUBLISHED:
+            config = AutoConfig.for_model(family, **sizes, **kwargs)
+        else:
+            config = (config_class or AutoConfig).from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the encoder {name!r} is neither a local folder nor a known or reachable model: "
+            f"{str(error).strip().splitlines()[0]} (known are {', '.join(PUBLISHED)})"
+        ) from error
+    return model_class(config) if config_class else model_class.from_config(config)
 
 
 def without_affine(norm: nn.Module) -> nn.LayerNorm:

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from rae.encoders.base import Encoder, from_pretrained, grid_of, without_affine
+from rae.encoders.base import PretrainedEncoder, from_pretrained, grid_of, without_affine
 from rae.registry import register
 
 
 @register("encoder", "dinov2", "Dinov2withNorm")
-class DINOv2(Encoder):
+class DINOv2(PretrainedEncoder):
     """Patch tokens of the last layer; the final LayerNorm keeps no affine.
 
     Args:

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from rae.encoders.base import Encoder, from_pretrained, grid_of, without_affine
+from rae.encoders.base import PretrainedEncoder, from_pretrained, grid_of, without_affine
 from rae.registry import register
 
 
 @register("encoder", "mae", "MAEwNorm", "MaeEncoder")
-class MAE(Encoder):
+class MAE(PretrainedEncoder):
     """All patch tokens in order, CLS dropped; the final LayerNorm keeps no affine.
 
     Args:

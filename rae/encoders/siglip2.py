@@ -2,18 +2,20 @@
 
 from torch import Tensor
 
-from rae.encoders.base import Encoder, from_pretrained, grid_of, without_affine
+from rae.encoders.base import PretrainedEncoder, from_pretrained, grid_of, without_affine
 from rae.registry import register
 
 
 @register("encoder", "siglip2", "SigLIP2", "SigLIP2wNorm")
-class SigLIP2(Encoder):
+class SigLIP2(PretrainedEncoder):
     """All tokens (there is no CLS); the post-LayerNorm keeps no affine.
 
     Args:
         pretrained: a hub id, or a folder that transformers saved.
         input_size: pixels a side, a multiple of the patch size (16): 256 gives 256 tokens.
     """
+
+    final_norm = "vision_model.post_layernorm"
 
     def __init__(self, pretrained: str = "google/siglip2-base-patch16-256", input_size: int = 256):
         from transformers import SiglipVisionModel

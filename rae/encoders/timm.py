@@ -1,5 +1,7 @@
 """Any timm backbone as an encoder."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,8 @@ class Timm(Encoder):
             (space to depth), coarser ones enlarged (bilinear).
     """
 
+    weights_argument = "weights"
+
     def __init__(
         self,
         model: str,
@@ -41,6 +45,14 @@ class Timm(Encoder):
         channels = sum(f.shape[1] * max(1, f.shape[-1] // grid) ** 2 for f in maps)
         super().__init__(channels, input_size, grid, features.mean, features.std)
         self.backbone = features.network
+
+    def save_weights(self, folder: Path) -> str:
+        from safetensors.torch import save_file
+
+        # As TimmFeatures looks for them.
+        state = {name.removeprefix("model."): t.contiguous() for name, t in self.backbone.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+        return "model.safetensors"
 
     def tokens(self, image: Tensor) -> Tensor:
         maps = [self._on_grid(_normalize_channels(f)) for f in self.backbone(image)]

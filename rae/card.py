@@ -1,0 +1,152 @@
+"""The model card, README.md, of an exported autoencoder."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from rae.config import Config
+from rae.exports import Exported, includes_encoder
+from rae.model import RAE
+from rae.registry import check_plugin
+
+_LOADING = {  # format -> code
+    "rae": """import rae
+
+autoencoder = rae.load("FOLDER")  # this folder, s3://…, or its name on the hub
+latent = autoencoder.encode(image)  # image (B, 3, H, W) in [0, 1] -> {{ shape }}
+recon = autoencoder.decode(latent)  # around [0, 1]""",
+    "diffusers": """from diffusers import AutoencoderRAE  # tested with diffusers 0.42
+
+autoencoder = AutoencoderRAE.from_pretrained("FOLDER").eval()
+latent = autoencoder.encode(image).latent  # image (B, 3, H, W) in [0, 1] -> {{ shape }}
+recon = autoencoder.decode(latent).sample""",
+    "published": """# model.pt is the decoder's state dict under the names of the published RAE code, config.json its
+# configuration{{ ", stat.pt the latents' statistics" if stats }}. To use it with rae:
+#   python -m rae import FOLDER OUT --encoder '{{ encoder }}'
+import rae
+
+autoencoder = rae.load("OUT")""",
+}
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A Representation Autoencoder ([arXiv 2510.11690](https://arxiv.org/abs/2510.11690)): a frozen vision encoder, and a ViT
+decoder trained to turn its features back into pixels.
+
+| | |
+| --- | --- |
+{% for key, value in facts.items() -%}
+| {{ key }} | {{ value }} |
+{% endfor %}
+```python
+LOADING
+```
+
+## Figures
+
+{% if figures -%}
+The evaluation of the training run with these weights, on images rounded to 8 bits:
+
+| data | {{ metrics | join(" | ") }} |
+| --- |{{ " --- |" * metrics | length }}
+{% for label, values in figures.items() -%}
+| {{ label }} | {% for metric in metrics %}{{ values[metric] if metric in values else "–" }} | {% endfor %}
+{% endfor %}
+{%- else -%}
+None are known of these weights. `python -m rae evaluate` measures them.
+{%- endif %}
+
+## Training
+
+{% if training -%}
+{% for line in training -%}
+- {{ line }}
+{% endfor %}
+`config.yaml` is the run's whole configuration.
+{%- else -%}
+These weights came without their run's configuration.
+{%- endif %}
+
+## Licence
+
+No licence is stated for the decoder: whoever publishes it adds one. The encoder ({{ encoder_name }}) was not trained
+here, and its weights have a licence of their own{{ ", which also holds for the copy in this folder" if included }}.
+"""
+
+
+def model_card(
+    rae: RAE, about: Exported, layout: str, config: Config | None = None, includes: bool | None = None
+) -> str:
+    """The card of an autoencoder that is exported as ``layout``: ``rae``, ``published`` or ``diffusers``.
+
+    Args:
+        config: of the run that made it, if that is known.
+        includes: whether the encoder's weights are in the folder; by default what ``about`` says.
+    """
+    ((kind, arguments),) = check_plugin("encoder", about.model.encoder, "model.encoder").items()
+    encoder_name = str(arguments.get("pretrained") or arguments.get("model") or kind)
+    included = includes_encoder(about.model) if includes is None else includes
+    figures = {label: _rounded(values) for label, values in about.figures.items() if isinstance(values, dict)}
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="diffusers" if layout == "diffusers" else "rae",
+            tags=["representation-autoencoder", "image-reconstruction"],
+            base_model=encoder_name if _on_hub(encoder_name) else None,
+        ),
+        template_str=_TEMPLATE.replace("LOADING", _LOADING[layout]),
+        name=about.name,
+        shape=f"(B, {', '.join(map(str, rae.latent_shape))})",
+        facts=_facts(rae, about, included),
+        figures=figures,
+        metrics=sorted({metric for values in figures.values() for metric in values}),
+        training=_training(config) if config else [],
+        encoder_name=kind if included and not _on_hub(encoder_name) else encoder_name,
+        encoder=f"{{{kind}: …}}",
+        included=included,
+        stats=rae.latent_mean is not None,
+    )
+    return f"{str(card).strip()}\n"
+
+
+def _on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, str]:
+    return {metric: f"{value:.4g}" if isinstance(value, float) else str(value) for metric, value in values.items()}
+
+
+def _facts(rae: RAE, about: Exported, included: bool) -> dict[str, str]:
+    decoder, network = rae.decoder, rae.encoder.network
+    ((kind, arguments),) = check_plugin("encoder", about.model.encoder, "model.encoder").items()
+    told = ", ".join(f"{key} {value}" for key, value in arguments.items())
+    first: Any = decoder.blocks[0]
+    parameters = sum(p.numel() for p in decoder.parameters())
+    moment = " ".join(f"{key} {value:,}" for key, value in about.trained.items())
+    stated = {"ema": "the moving average of the trained weights", "live": "the trained weights, not their average"}
+    return {
+        "encoder": f"{kind} ({told}); it sees {network.input_size} px",
+        "its weights": "in this folder" if included else "not in this folder",
+        "latent": f"{' × '.join(map(str, rae.latent_shape))}, "
+        + ("not normalised" if rae.latent_mean is None else "normalised by the statistics of a data set"),
+        "decoder": f"{decoder.embed.out_features} wide, {len(decoder.blocks)} layers, {first.attn.num_heads} heads, "
+        f"patches of {decoder.patch_size} px; {parameters:,} parameters",
+        "image": f"{about.image_size} × {about.image_size}",
+        "decoder's weights": stated.get(about.weights, "as they were given"),
+        "trained for": moment or "unknown",
+    }
+
+
+def _training(config: Config) -> list[str]:
+    data, model = config.data, config.model
+    names = [name for name in (data.train.path, *(stream.path for stream in data.train.streams.values())) if name]
+    lines = [
+        f"images: {', '.join(f'`{name}`' for name in names)}, {data.image_size} px, batch {data.batch_size}",
+        f"length: {config.trainer.get('max_duration')}; latent noise τ = {model.noise_tau} ({model.noise})",
+        f"optimizer: `{config.optimizer}`" + (f"; schedule: `{config.schedule}`" if config.schedule else ""),
+    ]
+    return lines + [f"{name}: `{arguments or {}}`" for name, arguments in config.algorithms.items()]
