@@ -13,10 +13,21 @@ from typing import Any
 import torch.distributed as dist
 import xxhash
 from PIL import Image
-from torch.utils.data import Dataset
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from rae.config import is_remote
-from rae.data import BadSampleError, DataError, ImageDataset, IndexedImages, eval_transform, first_line, open_dataset
+from rae.config import is_remote, rank, world_size
+from rae.data import (
+    BadSampleError,
+    DataError,
+    ImageDataset,
+    IndexedImages,
+    eval_transform,
+    first_line,
+    open_dataset,
+    start_worker,
+)
 from rae.processes import streaming_turn
 from rae.registry import UserError
 from rae.storage import RemoteFolder, reason
@@ -312,3 +323,22 @@ def _leaders(folder: str) -> str:
     if dist.is_initialized():
         dist.broadcast_object_list(told, src=0)
     return told[0]
+
+
+def batches(images: Dataset, batch_size: int, workers: int, title: str = "") -> Iterator[dict[str, Any]]:
+    """This rank's part of the images: {image: uint8 (B, 3, S, S), index: (B,), label: (B,), name: B names}.
+
+    Args:
+        title: of the progress bar that the first rank shows on a terminal.
+
+    Raises:
+        UserError: an image that cannot be used.
+    """
+    count = len(images)  # type: ignore[arg-type]
+    part = Subset(images, range(rank(), count, world_size()))
+    loader = DataLoader(part, batch_size, num_workers=workers, worker_init_fn=start_worker)
+    shown = title and rank() == 0 and os.isatty(2)
+    try:
+        yield from track(loader, title, console=Console(stderr=True), transient=True) if shown else loader
+    except DataError as error:  # a worker process passes it on with its traceback
+        raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[-1]) from None

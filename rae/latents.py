@@ -12,11 +12,12 @@ import torch.distributed as dist
 from rich.progress import track
 from streaming.base.util import bytes_to_int
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from rae.config import Config, rank, world_size
 from rae.data import Batcher, ImageDataset, IndexedImages, eval_transform, open_dataset, start_worker
 from rae.encoders.base import Encoder
+from rae.images import batches
 from rae.layers import Frozen
 from rae.registry import UserError, build
 from rae.shards import RECORDS, Job, Options, PartWriter, Place, finish
@@ -50,6 +51,10 @@ class Moments:
         self.mean = self.mean + delta * (other.count / count)
         self.m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / count)
         self.count = count
+
+    def on_cpu(self) -> "Moments":
+        """The same, in this machine's memory."""
+        return Moments(self.count, torch.as_tensor(self.mean).cpu(), torch.as_tensor(self.m2).cpu())
 
     def statistics(self) -> dict[str, Tensor]:
         """{mean, var}: float32 (C, h, w), the variance over all samples (divided by their count)."""
@@ -198,6 +203,32 @@ def _encode(encoder: Frozen, image: Tensor) -> Tensor:
     tokens = encoder(image.float() / 255)
     grid = encoder.network.grid
     return tokens.transpose(1, 2).reshape(len(tokens), -1, grid, grid)
+
+
+@torch.no_grad()
+def latent_statistics(
+    encoder: Encoder, images: Dataset, batch_size: int = 64, workers: int = 0, device: str | torch.device = "cpu"
+) -> tuple[dict[str, Tensor], int]:
+    """Mean and variance of the latents of images, exactly: over all ranks, whatever the batches and their order.
+
+    The latents are the encoder's own: clean, and before any statistics are applied.
+
+    Args:
+        images: see :func:`rae.images.open_images`.
+
+    Returns:
+        {mean, var}: float32 (C, h, w), the published layout; and how many images they are of.
+    """
+    frozen, moments = Frozen(encoder).to(device), Moments()
+    for batch in batches(images, batch_size, workers, "encoding"):
+        moments.add(_encode(frozen, batch["image"].to(device)))
+    if dist.is_initialized():
+        parts = [Moments()] * world_size()
+        dist.all_gather_object(parts, moments.on_cpu())
+        moments = Moments()
+        for part in parts:
+            moments.merge(part)
+    return moments.on_cpu().statistics(), moments.count
 
 
 def _finish(job: Job, content: dict[str, Any], seconds: float) -> dict[str, Any]:

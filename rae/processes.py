@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from rae.config import world_size
 from rae.registry import UserError
 
 _SEGMENTS = Path("/dev/shm")
@@ -159,3 +160,22 @@ def _is_mapped(prefix: str) -> bool:
         except OSError:  # it has ended, or is another user's, whose segments we could not remove anyway
             continue
     return False
+
+
+def join_ranks() -> None:
+    """Begin to work together with the other processes of this launch, if there are any.
+
+    Raises:
+        UserError: the launcher set some of what it takes, and not all.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if world_size() == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except ValueError as error:
+        raise UserError(f"cannot join the other ranks: {error}") from error

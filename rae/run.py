@@ -49,7 +49,7 @@ from rae.evaluation import refer
 from rae.metrics import Reference, build_metrics, verdict, within
 from rae.model import RAEModel, build_rae
 from rae.parallelism import check_sharding, parallelism, saves_sharded
-from rae.processes import RunLock, one_at_a_time, remove_dead_segments
+from rae.processes import RunLock, streaming_turn
 from rae.registry import RankError, UserError, build, check_arguments, check_plugin, import_plugins, parse_time
 from rae.resume import changes, clear, given, loadable, newest, used
 from rae.storage import RemoteFolder, can_delete
@@ -346,23 +346,12 @@ def _opened(streams: dict[str, ImageStream], **arguments: Any) -> ImageDataset:
                 RemoteFolder(stream.remote).check_readable("index.json", f"{where}.path")
     arguments.setdefault("download_retry", 8)  # pauses double: minutes without the store, not seconds
     try:
-        with _our_turn([stream.local for stream in streams.values()]):
+        with streaming_turn([stream.local for stream in streams.values()]):
             return ImageDataset(streams=list(streams.values()), **arguments)
     except (ValueError, OSError, RuntimeError) as error:
         paths = ", ".join(f"{where}.path {stream.remote or stream.local!r}" for where, stream in streams.items())
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot open {paths}: {reason}") from error
-
-
-@contextmanager
-def _our_turn(folders: list[str]) -> Iterator[None]:
-    # Streaming numbers its shared memory by what it finds: two runs that start at once would take the same number.
-    with one_at_a_time("streaming") if dist.get_local_rank() == 0 else nullcontext():
-        if dist.get_local_rank() == 0:
-            remove_dead_segments(folders)
-        dist.barrier()
-        yield
-        dist.barrier()
 
 
 def _train_loader(config: Config, ledger: Ledger) -> Any:

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -128,6 +128,37 @@ class RemoteFolder:
                 self.download(name, Path(folder, "read"))
             except Exception as error:
                 raise UserError(f"{where}: cannot read {self.url}/{name}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def written(out: str, where: str) -> Iterator[Path]:
+    """A path to write to; what is there at the context's end becomes the file ``out``, wholly or not at all.
+
+    Args:
+        out: local or a URL; that it can be written is checked at once.
+        where: what the user calls it, for messages.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder, _, name = out.rpartition("/")
+    folder = folder if folder or not out.startswith("/") else "/"
+    if not name or os.path.isdir(out):
+        raise UserError(f"{where}: {out!r} is a folder; give a file's name")
+    remote = RemoteFolder(folder) if "://" in out else None
+    if remote:
+        remote.check_writable(where)
+    try:
+        if not remote:
+            Path(folder or ".").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".rae-", dir=None if remote else folder or ".") as scratch:
+            yield Path(scratch, name)
+            if remote:
+                remote.upload(Path(scratch, name), name)
+            else:
+                os.replace(Path(scratch, name), out)
+    except OSError as error:
+        raise UserError(f"{where}: cannot write {out}: {error.strerror or error}") from error
 
 
 def _open_store(url: str, scheme: str, bucket: str) -> Any:
