@@ -37,6 +37,19 @@ _PUBLISHED = [  # our names -> the published ones, which are those of transforme
 ]
 
 
+class _Block(Block):
+    """timm's block; with ``checkpointing``, its backward pass starts from its input and computes the rest again.
+
+    It does so inside its forward pass: FSDP casts a unit's input before that, and not when it is computed again.
+    """
+
+    checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = super().forward
+        return checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+
+
 class Decoder(nn.Module):
     """A pre-norm ViT over one trainable token and the latent tokens, with a linear map to pixels.
 
@@ -79,7 +92,6 @@ class Decoder(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not a multiple of the decoder's patch_size {patch_size}")
         self.grid, self.patch_size = image_size // patch_size, patch_size
-        self.activation_checkpointing = activation_checkpointing
         norm = partial(nn.LayerNorm, eps=1e-12)
         self.embed = nn.Linear(latent_dim, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -89,8 +101,10 @@ class Decoder(nn.Module):
         else:
             self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio=mlp_dim / dim, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+            _Block(dim, num_heads, mlp_ratio=mlp_dim / dim, qkv_bias=True, norm_layer=norm) for _ in range(depth)
         )
+        for block in self.blocks:
+            block.checkpointing = activation_checkpointing
         self.norm = norm(dim)
         self.head = nn.Linear(dim, patch_size * patch_size * 3)
 
@@ -108,7 +122,7 @@ class Decoder(nn.Module):
         x = self.embed(latent.flatten(2).transpose(1, 2))  # (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.activation_checkpointing else block(x)
+            x = block(x)
         hidden = self.norm(x)[:, 1:]
         return unpatchify(self.head(hidden), self.patch_size), hidden
 

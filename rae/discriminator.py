@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
-from rae.backbones import TimmFeatures, read_state_dict, weight_file
+from rae.backbones import TimmFeatures, read_state_dict, weight_file, weightless
 from rae.layers import Frozen, resize
 from rae.registry import register
 
@@ -146,21 +146,26 @@ def dino(
         act_layer=GELUTanh,
         num_classes=0,
     )
-    if weights is None:
-        published = timm.create_model("vit_small_patch8_224.dino", pretrained=True, num_classes=0)
-        backbone.load_state_dict(published.state_dict())
-    elif weights != "random":
-        state = read_state_dict(weight_file(weights))
-        own = backbone.state_dict()
-        if {k: v.shape for k, v in state.items() if k in own} != {k: v.shape for k, v in own.items()}:
-            raise ValueError(f"the tensors in {weights} are not those of a DINO ViT of these sizes")
-        backbone.load_state_dict({key: state[key] for key in own})
+    if weights != "random" and not weightless():
+        _load_dino(backbone, weights)
     with torch.no_grad():
         for block in backbone.blocks:
             block.attn.qkv.bias[embed_dim : 2 * embed_dim] = 0
     return Discriminator(
         _DINOFeatures(backbone, blocks), [embed_dim] * (len(blocks) + 1), input_size, kernel_size, norm
     )
+
+
+def _load_dino(backbone: VisionTransformer, weights: str | None) -> None:
+    if weights is None:
+        published = timm.create_model("vit_small_patch8_224.dino", pretrained=True, num_classes=0)
+        backbone.load_state_dict(published.state_dict())
+        return
+    state = read_state_dict(weight_file(weights))
+    own = backbone.state_dict()
+    if {k: v.shape for k, v in state.items() if k in own} != {k: v.shape for k, v in own.items()}:
+        raise ValueError(f"the tensors in {weights} are not those of a DINO ViT of these sizes")
+    backbone.load_state_dict({key: state[key] for key in own})
 
 
 class _FlatMaps(nn.Module):

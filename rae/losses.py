@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.backbones import TimmFeatures, read_state_dict, weight_file
+from rae.backbones import TimmFeatures, read_state_dict, weight_file, weightless
 from rae.layers import Frozen, patchify
 from rae.registry import UserError, register
 
@@ -194,14 +194,8 @@ class LPIPS(nn.Module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it builds torchvision's network by a deprecated argument
             model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
-        state = _torchvision_weights(network) if weights is None else read_state_dict(weight_file(weights))
-        backbone = {}
-        for name in model.net.state_dict():  # slice2.5.weight is torchvision's features.5.weight
-            source = "features." + name.split(".", 1)[1]
-            if source not in state or state[source].shape != model.net.state_dict()[name].shape:
-                raise UserError(f"lpips: the tensors in {weights} are not those of torchvision's {network}")
-            backbone[name] = state[source]
-        model.net.load_state_dict(backbone)
+        if not weightless():
+            _load_backbone(model.net, network, weights)
         self.scaling, self.features = model.scaling_layer, Frozen(model.net.to(memory_format=torch.channels_last))
         for level, lin in enumerate(model.lins):
             self.register_buffer(f"weight{level}", lin.model[-1].weight.detach().flatten(), persistent=False)
@@ -218,6 +212,17 @@ class LPIPS(nn.Module):
 
     def forward(self, recon: Tensor, image: Tensor) -> Tensor:
         return self.per_image(recon, image).mean()
+
+
+def _load_backbone(net: nn.Module, network: str, weights: str | None) -> None:
+    state = _torchvision_weights(network) if weights is None else read_state_dict(weight_file(weights))
+    backbone = {}
+    for name, tensor in net.state_dict().items():  # slice2.5.weight is torchvision's features.5.weight
+        source = "features." + name.split(".", 1)[1]
+        if source not in state or state[source].shape != tensor.shape:
+            raise UserError(f"lpips: the tensors in {weights} are not those of torchvision's {network}")
+        backbone[name] = state[source]
+    net.load_state_dict(backbone)
 
 
 def _torchvision_weights(network: str) -> dict[str, Tensor]:

@@ -74,14 +74,18 @@ _PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 _TIMES = ("max_duration", "save_interval", "eval_interval")
 
 
-def check(config: Config) -> None:
+def check(config: Config, data: bool = True) -> None:
     """Check everything that can be checked without loading data or a model: plugins, arguments, times, paths.
+
+    Args:
+        data: also that the data are there, and fit this launch.
 
     Raises:
         UserError: the first fault.
     """
     import_plugins(config.imports)
-    check_data(config)
+    if data:
+        check_data(config)
     check_plugin("encoder", config.model.encoder, "model.encoder")
     check_plugin("pixel_loss", config.model.pixel_loss, "model.pixel_loss")
     check_plugin("optimizer", config.optimizer, "optimizer")

@@ -15,12 +15,12 @@ GROUPS = [
     {"algorithms", "callbacks", "evaluation"},
     {"parallelism", "resume"},
     {"run", "curves", "reconstruction"},
-    {"gallery"},
+    {"gallery", "plan"},
     {"sources", "handover", "comparison"},
     {"commands"},
     {"demo", "bench", "__main__"},
 ]
-KNOWS_COMPOSER = {"model", "algorithms", "callbacks", "parallelism", "resume", "run", "bench"}
+KNOWS_COMPOSER = {"model", "algorithms", "callbacks", "parallelism", "resume", "run", "plan", "bench"}
 
 
 def modules():

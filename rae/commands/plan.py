@@ -1,0 +1,68 @@
+"""Say what a run will take, before anything is spent: parameters, operations, memory, steps, bytes and hours.
+
+YAML is a run's configuration, key=value overrides its keys, as with train.py. Nothing is downloaded or allocated: the
+run's own model and algorithms take a step on tensors without data, with and without FSDP and activation checkpointing,
+and what the step computes and holds is counted. The sizes of published encoders are known; those of others come from
+their configuration, in a local folder or on the hub.
+
+Memory is what a GPU holds at the worst moment of the last phase. Hours are of training alone (without start-up,
+evaluation, or waiting for data) on GPUs that reach --utilisation of their peak; 0.3 to 0.5 is usual for networks like
+these. What `make bench` or the run's own log (callbacks: {speed_monitor: {}}) measured is shown beside them.
+
+examples:
+  python -m rae plan yamls/rae_dino_b.yaml
+  python -m rae plan yamls/rae_dino.yaml --gpus 8 --gpu H100 --gpu A100-80GB --utilisation 0.35
+  python -m rae plan yamls/rae_dino.yaml trainer.device_train_microbatch_size=64 --images 1281167 --json plan.json
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rae.registry import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("yaml", metavar="YAML", help="a run's configuration")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to override")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs (default: 8 with parallelism: fsdp, otherwise 1)")
+    parser.add_argument(
+        "--gpu",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="kind of GPU, as H100; again for more (default: all)",
+    )
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, metavar="SHARE", help="of the GPU's peak (default: %(default)s)"
+    )
+    parser.add_argument("--images", type=int, metavar="N", help="of an epoch, when the data cannot be reached here")
+    parser.add_argument("--bench", type=Path, metavar="FILE", help="a benchmark (default: runs/bench/bench.json)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store all figures there")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    for name, least in (("gpus", 1), ("images", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be at least {least}, not {value}")
+    if not 0 < arguments.utilisation <= 1:
+        raise UserError(f"--utilisation must be above 0 and at most 1, not {arguments.utilisation}")
+    from rae.plan import Options, plan, show
+
+    options = Options(arguments.gpus, tuple(arguments.gpu), arguments.utilisation, arguments.images)
+    options.bench = arguments.bench or options.bench
+    found = plan(arguments.yaml, arguments.overrides, options)
+    show(found)
+    if arguments.json:
+        _store(found, arguments.json)
+
+
+def _store(found: dict[str, Any], path: Path) -> None:
+    import json
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--json: cannot write {path}: {error.strerror}") from error

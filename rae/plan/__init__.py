@@ -1,0 +1,6 @@
+"""What a run will take, from the run's own modules on tensors without data: ``python -m rae plan``."""
+
+from rae.plan.report import Options, plan
+from rae.plan.tables import show
+
+__all__ = ["Options", "plan", "show"]

@@ -1,0 +1,104 @@
+"""What of the data can be known before a run: images, shards and bytes, from the index alone."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae.config import Config, is_remote
+from rae.registry import UserError
+from rae.shards import INDEX, Place
+
+
+@dataclass
+class DataSet:
+    """One data set, as its index describes it.
+
+    Args:
+        name: the configuration's key.
+        images, shards, bytes: None when unknown.
+        latent: whether its samples hold latents.
+        fault: why nothing is known.
+    """
+
+    name: str
+    path: str
+    images: int | None = None
+    shards: int | None = None
+    bytes: int | None = None
+    latent: bool = False
+    fault: str = ""
+
+
+def survey(config: Config) -> list[DataSet]:
+    """All data sets of a configuration, those for training first. A store that does not answer is asked once."""
+    train, data = config.data.train, config.data
+    paths = {"data.train": train.path} if train.path else {}
+    paths |= {f"data.train.streams.{name}": stream.path for name, stream in train.streams.items()}
+    if data.eval is not None:
+        paths["data.eval"] = data.eval.path
+    paths |= {f"data.evals.{name}": each.path for name, each in data.evals.items()}
+    silent: dict[str, str] = {}
+    found = []
+    for name, path in paths.items():
+        store = "/".join(path.split("/")[:3]) if is_remote(path) else path
+        each = DataSet(name, path, fault=silent[store]) if store in silent else _look(name, path)
+        if each.fault and is_remote(path):
+            silent[store] = each.fault
+        found.append(each)
+    return found
+
+
+def _look(name: str, path: str) -> DataSet:
+    try:
+        index = _read(path)
+    except UserError as error:
+        return DataSet(name, path, fault=str(error).removeprefix(f"cannot read {path}/{INDEX}: "))
+    if index is None:
+        return DataSet(name, path, fault="there is no data set")
+    try:
+        shards = index["shards"]
+        return DataSet(
+            name,
+            path,
+            images=sum(shard["samples"] for shard in shards),
+            shards=len(shards),
+            bytes=sum((shard.get("zip_data") or shard["raw_data"])["bytes"] for shard in shards),
+            latent=bool(shards) and "latent" in shards[0]["column_names"],
+        )
+    except (KeyError, TypeError) as error:
+        return DataSet(name, path, fault=f"its index is damaged ({error!r})")
+
+
+def _read(path: str) -> Any:
+    if is_remote(path):
+        return Place(path).read(INDEX)
+    file = Path(path) / INDEX
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError:
+        return {}
+
+
+def epoch_images(config: Config, found: list[DataSet]) -> int | None:
+    """Images of an epoch, with the streams' weights; None when unknown."""
+    sizes = {each.name: each.images for each in found if each.name.startswith("data.train")}
+    if not config.data.train.streams:
+        return sizes["data.train"]
+    total = 0.0
+    for name, stream in config.data.train.streams.items():
+        size = sizes[f"data.train.streams.{name}"]
+        if stream.choose is None and size is None:
+            return None
+        total += stream.choose or (size or 0) * (stream.repeat or 1)
+    return int(total)
+
+
+def latent_of(shape: tuple[int, ...], found: list[DataSet]) -> Tensor | None:
+    """A latent of the training data, without values, if the data hold latents."""
+    if not any(each.latent for each in found if each.name.startswith("data.train")):
+        return None
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")

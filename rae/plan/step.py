@@ -1,0 +1,458 @@
+"""A training step on tensors without data: its operations, and the bytes that it holds at most.
+
+The real model and the real algorithms take the step, through Composer's own events, on fake tensors (torch's
+FakeTensorMode: shapes, types and lifetimes, no values), so what is counted is what a run computes and keeps. Sharding
+is FSDP2's own, with a process group that sends nothing. Autocast is the CPU's, the only one that works without a GPU;
+it treats this step's matrix products, convolutions and attention as the GPU's does.
+"""
+
+import bisect
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from composer import Algorithm, Engine, Event, Logger, State
+from composer.core.precision import Precision
+from composer.devices import DeviceCPU
+from composer.utils.parallelism import FSDP2Config
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from rae.algorithms.adversarial import adversarial_last
+from rae.algorithms.base import precision_context
+from rae.config import Config
+from rae.layers import Frozen
+from rae.model import RAEModel
+from rae.plan.clock import Clock
+from rae.registry import build
+from rae.run import build_model
+
+aten = torch.ops.aten
+
+
+def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _cpu_attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+ATTENTION_ON_CPU = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+"""What FlopCounterMode does not count by itself: the CPU's fused attention."""
+
+
+class Meter(TorchDispatchMode):
+    """What runs inside it: floating-point operations by network, and bytes of all tensors that live.
+
+    Attributes:
+        live: bytes now, as the GPU's allocator would hold them.
+        peak: the most since :meth:`watch` or the beginning.
+        counter: the operations, see torch's FlopCounterMode.
+    """
+
+    BLOCK = 512
+    """Bytes; the allocator rounds up to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: dict[int, int] = {}
+        # Its formulas, not its mode, which tries to decompose every operation first: here they come decomposed.
+        self.counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # its own dispatch comes back with this rank's part
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor) and args[0].constant is None:
+            return args[0].dtype.is_floating_point * 0.0  # what has no value is read as zero
+        out = func(*args, **kwargs)
+        self.counter._count_flops(func._overloadpacket, out, args, kwargs)
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = -(-storage.nbytes() // self.BLOCK) * self.BLOCK
+        self.known[key] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self.known.pop(key)
+
+    @contextmanager
+    def watch(self, peaks: Counter[str], name: str) -> Iterator[None]:
+        """Note the largest number of live bytes inside this context."""
+        self.peak = self.live
+        yield
+        peaks[name] = max(peaks[name], self.peak)
+
+    @contextmanager
+    def counting(self, networks: dict[str, nn.Module]) -> Iterator[dict[str, int]]:
+        """Fill a dictionary with the operations of each network, and of what is none of them (``other``)."""
+        found: dict[str, int] = {}
+        self.counter.flop_counts.clear()
+        with Attribution(networks) as attribution:
+            self.counter.mod_tracker = attribution  # type: ignore[assignment]
+            yield found
+        self.counter.mod_tracker = _Nothing()  # type: ignore[assignment]
+        found.update({name: sum(counts.values()) for name, counts in self.counter.flop_counts.items()})
+
+
+class _Nothing:
+    parents: ClassVar[set[str]] = set()
+
+
+class Attribution:
+    """Which network an operation belongs to, in forward and in backward passes; for FlopCounterMode.
+
+    A forward pass runs between a module's hooks. A backward pass's operations run in a node of the autograd graph,
+    whose number says when it was made.
+    """
+
+    def __init__(self, networks: dict[str, nn.Module]):
+        self.called = list(_called(networks))
+        self.running = ["other"]
+        self.begins: list[int] = []
+        self.names: list[str] = []
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> "Attribution":
+        for name, module in self.called:
+            self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))  # type: ignore[misc]
+            self.handles.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _enter(self, name: str) -> None:
+        self.running.append(name)
+        self._mark()
+
+    def _leave(self) -> None:
+        self.running.pop()
+        self._mark()
+
+    def _mark(self) -> None:
+        self.begins.append(torch._C._autograd._get_sequence_nr())
+        self.names.append(self.running[-1])
+
+    @property
+    def parents(self) -> set[str]:
+        """The current network's name, as FlopCounterMode's module tracker would give it."""
+        node = torch._C._current_autograd_node()
+        if node is None or len(self.running) > 1:
+            return {self.running[-1]}
+        place = bisect.bisect_right(self.begins, node._sequence_nr()) - 1
+        return {self.names[place] if place >= 0 else "other"}
+
+
+def networks_of(model: RAEModel, algorithms: list[Algorithm]) -> dict[str, nn.Module]:
+    """The networks that a step runs, by name."""
+    named: dict[str, nn.Module] = {"encoder": model.rae.encoder.network, "decoder": model.rae.decoder}
+    for algorithm in algorithms:
+        network, discriminator = getattr(algorithm, "network", None), getattr(algorithm, "discriminator", None)
+        if isinstance(network, nn.Module):
+            named[getattr(algorithm, "name", type(algorithm).__name__.lower())] = network
+        if isinstance(discriminator, nn.Module):
+            named["discriminator's backbone"] = discriminator.features.network  # type: ignore[union-attr]
+            named["discriminator's heads"] = discriminator.heads  # type: ignore[assignment]
+    return named
+
+
+def _called(networks: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in networks.items():
+        if isinstance(module, nn.ModuleList):
+            yield from ((name, child) for child in module)
+        else:
+            yield name, module
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, also of the frozen networks inside."""
+    yield from module.parameters()
+    yield from module.buffers()
+    for inner in module.modules():
+        if isinstance(inner, Frozen):
+            yield from tensors_of(inner.network)
+
+
+def size_of(tensors: Any) -> int:
+    """Bytes of all tensors in nested dicts and sequences; of a sharded tensor, this rank's."""
+    if isinstance(tensors, Tensor):
+        local = getattr(tensors, "_local_tensor", tensors)
+        return local.numel() * local.element_size()
+    if isinstance(tensors, dict):
+        return sum(map(size_of, tensors.values()))
+    return sum(map(size_of, tensors)) if isinstance(tensors, (list, tuple)) else 0
+
+
+def unallocated(module: nn.Module) -> None:
+    """Move a module from the meta device to fake tensors, its parameters staying the same objects."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module._apply(_unallocated)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def _unallocated(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, FakeTensor):
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+
+@dataclass
+class Layout:
+    """How a run's memory is spread.
+
+    Args:
+        shards: GPUs that share a copy of what is trained; 1 without FSDP.
+        checkpointing: of the decoder's activations.
+    """
+
+    shards: int = 1
+    checkpointing: bool = False
+
+
+class Simulation:
+    """A run's model, algorithms and optimizer, ready to take steps.
+
+    Use it as a context: everything that is made or run inside it is without data.
+
+    Args:
+        config: the run's.
+        clock: where training is at which step.
+        layout: see :class:`Layout`.
+        latent: shape and type of the latents that the data hold, or None: then the encoder runs.
+    """
+
+    def __init__(self, config: Config, clock: Clock, layout: Layout, latent: Tensor | None = None):
+        self.config, self.clock, self.layout, self.latent = config, clock, layout, latent
+        self.meter = Meter()
+        self.fake = FakeTensorMode()
+
+    def __enter__(self) -> "Simulation":
+        self.model, self.algorithms = modules(self.config, self.clock, self.layout.checkpointing)
+        self._group = _silent_group(self.layout.shards)
+        self.mesh = self._group.__enter__()
+        self.fake.__enter__()
+        self.meter.__enter__()
+        self._begin()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.engine.close()
+        self.meter.__exit__(*error)
+        self.fake.__exit__(*error)
+        self._group.__exit__(*error)
+
+    def _begin(self) -> None:
+        for module in (self.model, *networks_of(self.model, self.algorithms).values()):
+            unallocated(module)
+        for algorithm in self.algorithms:
+            if isinstance(getattr(algorithm, "discriminator", None), nn.Module):
+                unallocated(algorithm.discriminator)  # type: ignore[attr-defined]
+        if self.layout.shards > 1:
+            _shard(self.model, self.config, self.mesh)
+        self.optimizer = build(
+            "optimizer",
+            self.config.optimizer,
+            "optimizer",
+            params=[p for p in self.model.parameters() if p.requires_grad],
+        )
+        _as_on_a_gpu(self.optimizer)
+        self.state = State(
+            model=self.model,
+            rank_zero_seed=0,
+            run_name="plan",
+            device=DeviceCPU(),
+            max_duration=self.clock.max_duration,
+            precision=Precision(self.config.trainer["precision"]),
+            optimizers=self.optimizer,
+            algorithms=self.algorithms,
+        )
+        self.state.set_dataloader(range(self.clock.steps_per_epoch), "train")
+        self.engine = Engine(self.state, Logger(self.state), algorithm_passes=[adversarial_last])
+        self.update = self._update()
+        for event in (Event.INIT, Event.BEFORE_LOAD, Event.AFTER_LOAD, Event.FIT_START, Event.EPOCH_START):
+            self.engine.run_event(event)
+
+    def _update(self) -> int:
+        """Take an optimizer step, so that its states exist; returns the bytes that it needs for a moment."""
+        peaks = Counter[str]()
+        _make_gradients(self.optimizer)
+        with self.meter.watch(peaks, "update"):
+            self.optimizer.step()
+        needed = peaks["update"] - self.meter.live
+        self.optimizer.zero_grad(set_to_none=True)
+        return needed
+
+    def batch(self, images: int) -> dict[str, Tensor]:
+        """A batch as the loader gives it."""
+        size = self.config.data.image_size
+        image = torch.empty(images, 3, size, size, dtype=torch.uint8).to(memory_format=torch.channels_last)
+        batch = {"image": image, "label": torch.empty(images, dtype=torch.int64)}
+        if self.latent is not None:
+            batch["latent"] = torch.empty(images, *self.latent.shape, dtype=self.latent.dtype)
+        return batch
+
+    def step(self, at: int, images: int, accumulated: bool = False) -> Counter[str]:
+        """The step after ``at`` finished ones, on one microbatch; returns bytes.
+
+        Keys are the most that lives in a part of the step: ``forward``, ``losses`` (what algorithms do with the loss),
+        ``backward``, ``optimizer`` and ``end`` (weight average, discriminator). Besides, what lives when it comes to
+        the losses (``before losses``) and to the end (``before end``), what the losses keep for the backward pass
+        (``kept``), and what a microbatch keeps until the end of the step (``held``).
+
+        Args:
+            accumulated: another microbatch came before, so that there are gradients already.
+        """
+        state, bytes_ = self.state, Counter[str]()
+        state.timestamp = self.clock.timestamp(at)
+        self.optimizer.zero_grad(set_to_none=True)
+        if accumulated:
+            _make_gradients(self.optimizer)
+        batch, before = self.batch(images), self.meter.live
+        self.engine.run_event(Event.BATCH_START)
+        self._microbatch(batch, bytes_)
+        bytes_["held"] = self.meter.live - before
+        state.batch = batch
+        self.engine.run_event(Event.AFTER_TRAIN_BATCH)
+        bytes_["optimizer"] = self.meter.live + self.update
+        state.timestamp = self.clock.timestamp(at + 1)
+        bytes_["before end"] = self.meter.live
+        with self.meter.watch(bytes_, "end"):
+            self.engine.run_event(Event.BATCH_END)
+        return bytes_
+
+    def _microbatch(self, batch: dict[str, Tensor], bytes_: Counter[str]) -> None:
+        state, meter = self.state, self.meter
+        state.batch = {name: tensor.clone() for name, tensor in batch.items()}
+        with meter.watch(bytes_, "forward"):
+            with precision_context(state):
+                state.outputs = self.model(state.batch)
+            with precision_context(state):
+                state.loss = self.model.loss(state.outputs, state.batch)
+        before = bytes_["before losses"] = meter.live
+        with meter.watch(bytes_, "losses"):
+            self.engine.run_event(Event.AFTER_LOSS)
+        bytes_["kept"] = meter.live - before
+        with meter.watch(bytes_, "backward"):
+            state.loss["total"].backward()  # type: ignore[index]
+
+    def counting(self) -> AbstractContextManager[dict[str, int]]:
+        """See :meth:`Meter.counting`."""
+        return self.meter.counting(networks_of(self.model, self.algorithms))
+
+    def operations(self, at: int, images: int = 1) -> dict[str, float]:
+        """Network -> floating-point operations an image, of a step after ``at`` finished ones."""
+        with self.counting() as counts:
+            self.step(at, images)
+        return {name: count / images for name, count in counts.items()}
+
+    def held(self) -> dict[str, int]:
+        """Bytes that this rank keeps from step to step, by what they are for."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        held = {
+            "weights": size_of(trained),
+            "gradients": size_of(trained),
+            "optimizer": size_of(list(self.optimizer.state.values())),
+            "weight average": sum(size_of(getattr(a, "average", {})) for a in self.algorithms),
+            "discriminator's heads": 0,
+        }
+        for algorithm in self.algorithms:
+            if isinstance(getattr(algorithm, "discriminator", None), nn.Module):
+                heads = list(algorithm.discriminator.parameters())  # type: ignore[attr-defined]
+                held["discriminator's heads"] += 2 * size_of(heads) + size_of(list(algorithm.optimizer.state.values()))  # type: ignore[attr-defined]
+                trained += heads
+        every = {id(t): t for n in networks_of(self.model, self.algorithms).values() for t in tensors_of(n)}
+        ours = {id(t) for t in trained}
+        return {**held, "frozen networks": size_of([t for key, t in every.items() if key not in ours])}
+
+    def parameters(self) -> dict[str, tuple[int, bool]]:
+        """Network -> number of its parameters, whether they are trained."""
+        counts = {}
+        for name, network in networks_of(self.model, self.algorithms).items():
+            found = [t for t in tensors_of(network) if isinstance(t, nn.Parameter)]
+            counts[name] = (sum(t.numel() for t in found), any(t.requires_grad for t in found))
+        return counts
+
+    def saved(self) -> int:
+        """Bytes of tensors in a checkpoint, over all ranks, when nothing is sharded."""
+        states = [self.model.state_dict(), self.optimizer.state_dict(), *(a.state_dict() for a in self.algorithms)]
+        return size_of(states)
+
+
+def modules(config: Config, clock: Clock, checkpointing: bool) -> tuple[RAEModel, list[Algorithm]]:
+    """Model and algorithms on the meta device."""
+    config = config.model_copy(deep=True)
+    config.metrics = {}
+    config.model.decoder.activation_checkpointing = checkpointing
+    context = dict(steps_per_epoch=clock.steps_per_epoch, run_dir=config.run_dir, eval_images=None)
+    with torch.device("meta"):
+        model = build_model(config)
+        algorithms = [build("algorithm", {n: a}, "algorithms", **context) for n, a in config.algorithms.items()]
+    return model, algorithms
+
+
+def _as_on_a_gpu(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:  # the multi-tensor form is the default there, and needs memory of its own
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+
+
+def _make_gradients(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+
+
+def _shard(model: RAEModel, config: Config, mesh: Any) -> None:
+    from composer.distributed.fsdp2 import prepare_fully_shard
+    from composer.distributed.fsdp2_utils import generate_composer_model_policy
+
+    wanted = {k: v for k, v in config.fsdp.items() if k in ("reshard_after_forward", "mixed_precision")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # FSDP2's notice that it is experimental
+        fsdp = FSDP2Config(device_mesh=mesh, **wanted)
+    for child in (model.rae,):
+        prepare_fully_shard(child, fsdp, Precision(config.trainer["precision"]), generate_composer_model_policy(model))
+
+
+@contextmanager
+def _silent_group(ranks: int) -> Iterator[Any]:
+    """This process as rank 0 of so many, of which no other exists; gives their device mesh."""
+    if ranks == 1:
+        yield None
+        return
+    import torch.distributed._tools.fake_collectives  # noqa: F401 - makes collectives known to fake tensors
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (ranks,))
+    finally:
+        dist.destroy_process_group()
