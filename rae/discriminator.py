@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from timm.layers import GELUTanh
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.utils import spectral_norm
 
 from rae.backbones import TimmFeatures, read_state_dict, weight_file, weightless
 from rae.layers import Frozen, resize
@@ -26,17 +25,48 @@ class _Residual(nn.Module):
         return (self.fn(x) + x) / 2**0.5
 
 
+class _SpectralConv(nn.Module):
+    """A circular convolution over tokens, of a weight divided by its spectral norm (arXiv 1802.05957).
+
+    The output is divided instead, which is the same and many times smaller; parameters and buffers are named as
+    torch.nn.utils.spectral_norm names them. In train mode each call takes a step of the power iteration.
+    """
+
+    def __init__(self, channels: int, out: int, kernel_size: int, eps: float = 1e-12):
+        super().__init__()
+        conv = nn.Conv1d(channels, out, kernel_size)
+        self.bias, self.weight_orig = conv.bias, conv.weight
+        self.register_buffer("weight_u", F.normalize(torch.randn(out), dim=0, eps=eps))
+        self.register_buffer("weight_v", F.normalize(torch.randn(channels * kernel_size), dim=0, eps=eps))
+        self.margin, self.eps = kernel_size // 2, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            matrix = self.weight_orig.flatten(1)
+            u, v = self._singular_vectors(matrix)
+            norm = torch.dot(u, torch.mv(matrix, v))
+        if self.margin:
+            x = F.pad(x, (self.margin, self.margin), mode="circular")
+        return F.conv1d(x, self.weight_orig) / norm + self.bias.unsqueeze(1)
+
+    @torch.no_grad()
+    def _singular_vectors(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            return self.weight_u, self.weight_v
+        v = F.normalize(torch.mv(matrix.T, self.weight_u), dim=0, eps=self.eps)
+        u = F.normalize(torch.mv(matrix, v), dim=0, eps=self.eps)
+        self.weight_u.copy_(u)
+        self.weight_v.copy_(v)
+        return u, v
+
+
 def _head(channels: int, kernel_size: int, norm: str) -> nn.Sequential:
     """(B, C, N) -> logits (B, 1, N)."""
 
-    def conv(out: int, kernel: int) -> nn.Module:
-        layer = nn.Conv1d(channels, out, kernel, padding=kernel // 2, padding_mode="circular")
-        return spectral_norm(layer, eps=1e-12)
-
     def block(kernel: int) -> nn.Sequential:
-        return nn.Sequential(conv(channels, kernel), _norm(norm, channels), nn.LeakyReLU(0.2))
+        return nn.Sequential(_SpectralConv(channels, channels, kernel), _norm(norm, channels), nn.LeakyReLU(0.2))
 
-    return nn.Sequential(block(1), _Residual(block(kernel_size)), conv(1, 1))
+    return nn.Sequential(block(1), _Residual(block(kernel_size)), _SpectralConv(channels, 1, 1))
 
 
 class _TokenNorm(nn.Module):
@@ -52,6 +82,7 @@ class _TokenNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.float()  # in any training precision
         mean, var = x.mean(2, keepdim=True), x.var(2, keepdim=True, unbiased=False)
         return (x - mean) * torch.rsqrt(var + self.eps) * self.weight.view(1, -1, 1) + self.bias.view(1, -1, 1)
 
