@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,6 +20,9 @@ from streaming.base.shared.memory import SharedMemory
 
 from rae.checkpoints import fetch, in_form, list_checkpoints, without_code
 from rae.config import Config
+from rae.conversion import write_shards
+from rae.images import list_images
+from rae.parts import Options
 
 _CACHE = tempfile.TemporaryDirectory(prefix="rae-cache-")
 os.environ["RAE_CACHE"] = _CACHE.name
@@ -63,7 +69,9 @@ def run(*command: str, check: bool = True, **kwargs) -> subprocess.CompletedProc
     """Run a command from the project's folder with this interpreter's tools on the PATH."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment.update(kwargs.pop("env", {}))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, **kwargs)
+    done = subprocess.run(
+        command, cwd=kwargs.pop("cwd", ROOT), capture_output=True, text=True, timeout=300, env=environment, **kwargs
+    )
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
@@ -92,11 +100,12 @@ def metrics_of(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-FIGURES = ("loss/", "discriminator/", "gan/", "lr/", "metrics/")
+FIGURES = ("loss/", "discriminator/", "gan/", "gradient/", "lr/", "metrics/")
 
 
 def figures(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if k == "batch" or k.startswith(FIGURES)} for r in metrics_of(run_dir)]
+    records = [{k: v for k, v in r.items() if k == "batch" or k.startswith(FIGURES)} for r in metrics_of(run_dir)]
+    return [record for record in records if len(record) > 1]
 
 
 def tensors_of(tree, prefix="") -> dict[str, torch.Tensor]:
@@ -142,20 +151,32 @@ def _no_shared_memory_left(monkeypatch):
         segment.cleanup()
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one of the processes that share the tests makes, and all of them read."""
+    base = factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{root}.lock"):
+        if not Path(f"{root}.made").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir()
+            make(root)
+            Path(f"{root}.made").touch()
+    return root
+
+
 def make_shards(root: Path, target: str | None = None) -> Path:
-    """MDS shards of 40 training and 12 evaluation images, made by the command, in ``root`` or ``target``."""
+    """MDS shards of 40 training and 12 evaluation images in ``root`` or ``target``."""
     for split, count, seed in (("train", 40, 0), ("eval", 12, 1)):
         source = root / f"images-{split}"
         write_images(source / "a", count // 2, seed=seed)
         write_images(source / "b", count - count // 2, seed=seed + 10)
-        out = f"{target or root}/{split}"
-        run(sys.executable, "convert/imagefolder_to_mds.py", str(source), out, "--workers=1")
+        write_shards(list_images(str(source)), Options(f"{target or root}/{split}", workers=1))
     return root
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("shards"))
+    return made_once(tmp_path_factory, "shards", make_shards)
 
 
 def tiny_settings(shards: Path, run_dir: Path, encoder: str = "dinov2") -> dict:
@@ -210,8 +231,7 @@ def resumable(shards: Path, run_dir: Path) -> dict:
 @pytest.fixture(scope="session")
 def undisturbed(shards, tmp_path_factory) -> Path:
     """Two epochs of 5 steps with every loss, EMA, noise, DiffAug and loader workers, by the command."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    launch(resumable(shards, root / "run"), root)
+    root = made_once(tmp_path_factory, "undisturbed", lambda root: launch(resumable(shards, root / "run"), root))
     return root / "run"
 
 
@@ -267,11 +287,13 @@ def layout_settings(shards: Path, run_dir: Path, layout: str) -> dict:
 @pytest.fixture(scope="session")
 def ranks(shards, tmp_path_factory) -> Path:
     """The same run on one rank, two DDP ranks and two FSDP ranks, in folders of these names."""
-    root = tmp_path_factory.mktemp("ranks")
+    return made_once(tmp_path_factory, "ranks", lambda root: make_ranks(shards, root))
+
+
+def make_ranks(shards: Path, root: Path) -> None:
     (root / "spy.py").write_text(SPY)
     for layout, (count, _, _) in LAYOUTS.items():
         settings = layout_settings(shards, root / layout, layout)
         if layout == "ddp":
             settings |= {"imports": [str(root / "spy.py")], "callbacks": {"spy": {}}}
         launch(settings, root / f"{layout}-launch", ranks=count)
-    return root

@@ -1,16 +1,22 @@
 """What one sees while training, and what guards it: figures, pictures, histograms, warnings, time left."""
 
 import json
+import logging
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from rae import registry
 from rae.callbacks.guard import Guard, can_skip_by_itself
+from rae.callbacks.histograms import spread_out, summary
+from rae.callbacks.progress import Mean, Part, time_left
+from rae.callbacks.referee import Referee
 from rae.checkpoints import fetch, in_form, list_checkpoints, without_code
 from rae.registry import UserError
-from tests.conftest import assert_same_state, metrics_of, tensors_of, tiny_settings, train_here
+from tests.conftest import assert_same_state, launch, metrics_of, tensors_of, tiny_settings, train_here
 
 POISON = '''
 import torch
@@ -63,13 +69,17 @@ def own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_plugins", {kind: dict(named) for kind, named in registry._plugins.items()})
 
 
-@pytest.fixture
-def settings(shards, tmp_path) -> dict:
+def short(shards: Path, run_dir: Path) -> dict:
     """Five steps, the discriminator from the second and the GAN from the third on, a checkpoint a step."""
-    settings = tiny_settings(shards, tmp_path / "run")
+    settings = tiny_settings(shards, run_dir)
     settings["trainer"] |= {"max_duration": "5ba", "eval_interval": 0, "save_interval": "1ba"}
     settings["algorithms"]["adversarial"] |= {"discriminator_start": "1ba", "start": "2ba"}
     return settings
+
+
+@pytest.fixture
+def settings(shards, tmp_path) -> dict:
+    return short(shards, tmp_path / "run")
 
 
 def poisoned(settings: dict, tmp_path: Path, on_nan: str = "stop", **poison) -> dict:
@@ -97,19 +107,31 @@ KINDS = {
 }
 
 
-def read_late(settings: dict, monkeypatch) -> None:
-    """As on a GPU: fused optimizers read the verdict on the device, the host only after the step."""
+def fused(settings: dict) -> dict:
     settings["optimizer"]["adamw"]["fused"] = True
     settings["algorithms"]["adversarial"]["optimizer"] = {"adamw": {"fused": True}}
+    return settings
+
+
+def read_late(monkeypatch) -> None:
+    """As on a GPU: fused optimizers read the verdict on the device, the host only after the step."""
     monkeypatch.setattr(Guard, "_can_read_late", lambda self, state, optimizer: can_skip_by_itself(optimizer))
 
 
-@pytest.mark.parametrize(("what", "late"), [("loss", False), ("latent", False), ("gradient", True)])
-def test_a_bad_step_stops_the_run_with_a_checkpoint_of_before(settings, tmp_path, what, late, monkeypatch):
-    if late:
-        read_late(settings, monkeypatch)
+@pytest.fixture(scope="module")
+def untouched(shards, tmp_path_factory) -> Path:
+    settings = fused(short(shards, tmp_path_factory.mktemp("untouched") / "run"))
     settings["trainer"]["save_interval"] = "1ep"
-    train_here(settings | {"run_dir": str(tmp_path / "undisturbed")})
+    train_here(settings)
+    return Path(settings["run_dir"])
+
+
+@pytest.mark.parametrize(("what", "late"), [("latent", False), ("gradient", True)])
+def test_a_bad_step_stops_the_run_with_a_checkpoint_of_before(settings, tmp_path, untouched, what, late, monkeypatch):
+    settings = fused(settings)
+    if late:
+        read_late(monkeypatch)
+    settings["trainer"]["save_interval"] = "1ep"
     with pytest.raises(UserError, match=f"step 4: {KINDS[what]}") as error:
         train_here(poisoned(settings, tmp_path, what=what, step=4))
     assert "checkpoint ep0-ba3 is of before" in str(error.value)
@@ -128,15 +150,16 @@ def test_a_bad_step_stops_the_run_with_a_checkpoint_of_before(settings, tmp_path
         assert not bad
     assert [c.name for c in list_checkpoints(str(tmp_path / "run/checkpoints"))] == ["ep0-ba3"]
     train_here(settings)  # without the poison
-    assert_same_state(tmp_path / "run/checkpoints", tmp_path / "undisturbed/checkpoints")
+    assert_same_state(tmp_path / "run/checkpoints", untouched / "checkpoints")
 
 
 @pytest.mark.parametrize(("what", "late"), [("gradient", False), ("latent", True), ("discriminator", True)])
 def test_a_skipped_step_changes_nothing(settings, tmp_path, what, late, monkeypatch):
     if late:
-        read_late(settings, monkeypatch)
-    train_here(poisoned(settings, tmp_path, "skip", what=what, step=4))
-    before, after, later = (trained_state(tmp_path / "run", batch) for batch in (3, 4, 5))
+        settings = fused(settings)
+        read_late(monkeypatch)
+    train_here(poisoned(settings, tmp_path, "skip", what=what, step=3))
+    before, after, later = (trained_state(tmp_path / "run", batch) for batch in (2, 3, 4))
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     if what == "discriminator":
         assert any(name.startswith("/model") for name in changed)
@@ -145,4 +168,211 @@ def test_a_skipped_step_changes_nothing(settings, tmp_path, what, late, monkeypa
     assert all(tensor.isfinite().all() for tensor in later.values())
     assert not any(torch.equal(later[n], after[n]) for n in after if n.startswith("/model"))
     counts = [r["guard/skipped"] for r in metrics_of(tmp_path / "run") if "guard/skipped" in r]
-    assert counts == [0, 0, 0, 1, 1]
+    assert counts == [0, 0, 1, 1, 1]
+
+
+def test_two_sharded_ranks_skip_together_what_one_of_them_met(settings, tmp_path):
+    settings |= {"parallelism": "fsdp"}
+    settings["trainer"] |= {"max_duration": "4ba", "device_train_microbatch_size": 2}
+    settings["callbacks"] = {"pictures": {"interval": "4ba", "count": 2}, "histograms": {"interval": "4ba"}}
+    settings = poisoned(settings, tmp_path, "skip", what="latent", step=3, rank=1)
+    done = launch(settings, tmp_path / "launch", ranks=2)
+    (record,) = [json.loads(line) for line in (tmp_path / "run/guard.jsonl").read_text().splitlines()]
+    assert record["step"] == 3
+    bad = [[s["not_finite"] for s in rank["samples"] if "not_finite" in s] for rank in record["ranks"]]
+    assert bad == [[], [["latent", "recon"]] * 2]  # the second sample of both microbatches
+    assert "loss/l1" in record["ranks"][1]["figures"]
+    assert "loss/l1" not in record["ranks"][0]["figures"]
+    assert "step 3: not finite: loss/l1" in done.stderr
+    before, after, later = (trained_state(tmp_path / "run", batch) for batch in (2, 3, 4))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert all(tensor.isfinite().all() for tensor in later.values())
+    assert (tmp_path / "run/pictures/ba0000004.png").is_file()
+    last = [r for r in metrics_of(tmp_path / "run") if "loss/train/total" in r][-1]
+    assert last["guard/skipped"] == 1
+    assert last["histograms/latent/std"] == pytest.approx(1, abs=0.1)
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(settings, tmp_path):
+    settings = poisoned(settings, tmp_path, "skip", what="loss", step=2, steps=3)
+    settings["callbacks"]["guard"]["max_skipped"] = 2
+    with pytest.raises(UserError, match=r"step 4: .*ep0-ba3 is of before; 2 steps in a row were skipped"):
+        train_here(settings)
+
+
+def test_weights_that_are_not_finite_are_not_saved(settings, tmp_path):
+    settings |= {"optimizer": {"adamw": {"lr": 1e37}}, "schedule": None}
+    with pytest.raises(UserError, match=r"weights (themselves )?are not finite"):
+        train_here(settings)
+    assert list_checkpoints(str(tmp_path / "run/checkpoints")) == []
+
+
+@pytest.fixture(scope="module")
+def seen(shards, tmp_path_factory) -> Path:
+    """Five steps in microbatches, seen by everything that there is to see with."""
+    root = tmp_path_factory.mktemp("seen")
+    settings = tiny_settings(shards, root / "run")
+    settings["trainer"] |= {"max_duration": "5ba", "eval_interval": "3ba", "device_train_microbatch_size": 4}
+    settings["algorithms"]["adversarial"] |= {"discriminator_start": "1ba", "start": "2ba"}
+    settings["loggers"] |= {"tensorboard": {"log_dir": f"{root}/run/tensorboard"}, "wandb": {"project": "rae"}}
+    settings["callbacks"] = {
+        "pictures": {"interval": "3ba", "count": 3, "noise_tau": 0.4},
+        "histograms": {"interval": "2ba", "values": 1000},
+        "optimizer_monitor": {"batch_log_interval": 1},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        train_here(settings)
+    return root / "run"
+
+
+def in_jsonl(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    series = defaultdict(list)
+    for record in metrics_of(run_dir):
+        for name in record.keys() - {"batch"}:
+            series[name].append((record["batch"], record[name]))
+    return series
+
+
+def in_tensorboard(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard" / run_dir.name), {"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def in_wandb(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, series, record = DataStore(), defaultdict(list), Record()
+    store.open_for_scan(str(next((run_dir / "wandb").rglob("run-*.wandb"))))
+    while (data := store.scan_data()) is not None:
+        record.ParseFromString(data)
+        for item in record.history.item:
+            name, value = "/".join(item.nested_key) or item.key, json.loads(item.value_json)
+            part_of_a_picture = len(item.nested_key) > 1
+            if isinstance(value, (int, float)) and not name.startswith("_") and not part_of_a_picture:
+                series[name].append((record.history.step.num, value))
+    return series
+
+
+def test_all_loggers_get_the_same_figures(seen):
+    expected = in_jsonl(seen)
+    assert {"gradient/gan", "gan/share", "guard/skipped", "time/remaining", "metrics/eval/psnr"} <= expected.keys()
+    assert {"histograms/latent/std", "histograms/logits_fake/median", "loss/train/total"} <= expected.keys()
+    for logged in (in_tensorboard(seen), in_wandb(seen)):
+        assert logged.keys() == expected.keys()
+        for name, series in expected.items():
+            # A step's own figures are counted from 0 there, and what it leaves behind from 1.
+            assert [v for _, v in logged[name]] == pytest.approx([v for _, v in series], rel=1e-5), name
+            behind = {batch - step for (batch, _), (step, _) in zip(series, logged[name], strict=True)}
+            assert behind <= {0, 1}, name
+
+
+def test_histograms_go_to_tensorboard_and_wandb(seen):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(seen / "tensorboard" / seen.name), {"histograms": 0}).Reload()
+    assert set(events.Tags()["histograms"]) == {f"histograms/{n}" for n in ("latent", "logits_real", "logits_fake")}
+    assert [e.step for e in events.Histograms("histograms/logits_fake")] == [2, 4]
+    assert b"histogram" in next((seen / "wandb").rglob("run-*.wandb")).read_bytes()
+
+
+def test_summaries_and_samples_of_values():
+    values = torch.arange(101.0)
+    assert summary(values)["median"] == 50
+    assert summary(values)["p99"] == 99
+    assert summary(values)["std"] == pytest.approx(29.1548, abs=1e-3)
+    assert spread_out(values, 1000).tolist() == values.tolist()
+    assert spread_out(values, 5).tolist() == [0, 25, 50, 75, 100]
+
+
+def test_pictures_have_rows_for_what_there_is(seen):
+    names = sorted(path.name for path in (seen / "pictures").iterdir())
+    assert names == ["ba0000003.png", "ba0000005.png"]
+    picture = Image.open(seen / "pictures/ba0000005.png").convert("RGB")
+    assert picture.size == (76 + 3 * 66 + 2, 4 * 66 + 2)
+    rows = [picture.crop((78, i * 66 + 2, 276, i * 66 + 66)).tobytes() for i in range(4)]
+    assert len(set(rows)) == 4
+    margins = [picture.crop((0, i * 66 + 2, 76, i * 66 + 66)) for i in range(4)]
+    assert all(margin.getextrema()[0][0] < 100 for margin in margins)
+
+
+def test_gradient_norms_are_the_whole_batchs(seen):
+    steps = [r for r in metrics_of(seen) if "loss/train/total" in r]
+    for record in steps:
+        assert record["gradient/l1"] == pytest.approx((8 * 3 * 64 * 64) ** -0.5, rel=1e-4)  # ±1/n, n times
+        assert record["gradient/decoder"] == pytest.approx(record["l2_norm/grad/global"], rel=1e-5)
+    assert "gan/share" not in steps[1]
+    gan, rest = steps[2]["gradient/gan"], steps[2]["gradient/reconstruction"]
+    assert steps[2]["gan/share"] == pytest.approx(gan / (gan + rest))
+    assert abs(rest - steps[2]["gradient/perceptual"]) <= steps[2]["gradient/l1"] * 1.001
+
+
+def test_the_time_left_ends_at_zero_and_all_measured(seen):
+    steps = [r for r in metrics_of(seen) if "time/remaining" in r]
+    assert [r["time/remaining"] > 0 for r in steps] == [True] * 5  # the last checkpoint and evaluation are to come
+    assert steps[0]["time/remaining_measured"] < 0.5
+    assert steps[3]["time/remaining_measured"] == 1
+
+
+def mean_of(*seconds: float) -> Mean:
+    mean = Mean()
+    for each in seconds:
+        mean.add(each)
+    return mean
+
+
+def test_time_left_projects_phases_by_operations_until_they_are_measured():
+    parts = [Part(0, 1.0), Part(10, 1.0), Part(20, 2.0)]
+    steps = {0: mean_of(9.0, 1.0, 1.0)}  # the first step warms up
+    left = time_left(5, 40, parts, steps, [])
+    assert left.seconds == 5 * 1 + 10 * 2 + 20 * 4
+    assert left.measured == pytest.approx(5 / 105)
+    assert str(left) == "≈ 0:01:45 left"
+    left = time_left(5, 40, parts, steps, [(3, Mean())])
+    assert str(left) == "≥ 0:01:45 left"
+    steps |= {10: mean_of(2.5), 20: mean_of(8.0, 5.0)}
+    left = time_left(30, 40, parts, steps, [(2, mean_of(7.0)), (0, Mean())])
+    assert (left.seconds, left.measured, str(left)) == (64, 1, "0:01:04 left")
+
+
+def test_the_referee_speaks_once_each_time(caplog):
+    referee = Referee(window=20)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(19):
+            referee.judge(0.5, 0.01, 0.0)
+        assert (referee.verdict, caplog.messages) == (0, [])
+        for _ in range(50):
+            referee.judge(0.5, 0.01, 0.0)
+        assert referee.verdict == -1
+        assert len(caplog.messages) == 1
+        assert "has collapsed: over 20 steps it told real from fake in 50% of places" in caplog.messages[0]
+        for _ in range(100):
+            referee.judge(0.75, 1.0, -1.0)
+        assert referee.verdict == 0
+        for _ in range(200):
+            referee.judge(1.0, 3.0, -3.0)
+        assert referee.verdict == 1
+        assert len(caplog.messages) == 2
+        assert "has won" in caplog.messages[1]
+
+
+MISTAKES = {
+    "guard: {on_nan: halt}": "callbacks.guard.on_nan",
+    "guard: {max_skipped: 0}": "max_skipped must be at least 1",
+    "pictures: {noise_tau: -1}": "noise_tau must be at least 0",
+    "histograms: {interval: often}": "'often' is not a time",
+    "referee: {won: 2}": "won between 0.5 and 1",
+}
+
+
+@pytest.mark.parametrize("wrong", MISTAKES)
+def test_mistakes_are_named(settings, wrong):
+    from omegaconf import OmegaConf
+
+    settings["callbacks"] = OmegaConf.to_container(OmegaConf.create(wrong))
+    with pytest.raises(UserError, match=MISTAKES[wrong]):
+        train_here(settings)

@@ -169,7 +169,7 @@ class StopRequest:
 
 
 def nonfinite_weights(state: State) -> list[str]:
-    """Names of trained weights, of the model and of algorithms' discriminators, that hold a NaN or an infinity here."""
+    """Names of trained weights, of the model and of algorithms' discriminators, whose norm here is NaN or infinite."""
     modules = [state.model, *(a.discriminator for a in state.algorithms if hasattr(a, "discriminator"))]
     named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
     local = [p.to_local() if isinstance(p, DTensor) else p.detach() for _, p in named]

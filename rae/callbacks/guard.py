@@ -20,7 +20,6 @@ from rae.callbacks.step_figures import StepFigures
 from rae.registry import UserError, register
 
 log = logging.getLogger(__name__)
-_CONSEQUENCES = ("loss/total", "gradient/reconstruction", "gradient/decoder")
 
 
 def can_skip_by_itself(optimizer: torch.optim.Optimizer) -> bool:
@@ -207,8 +206,7 @@ def _path(state: State, sample: dict[str, Any]) -> dict[str, str]:
 
 def _line(step: int, ranks: list[dict[str, Any]]) -> str:
     figures = list(dict.fromkeys(name for rank in ranks for name in rank["figures"]))
-    causes = [name for name in figures if name not in _CONSEQUENCES] or figures
-    text = f"step {step}: not finite: {', '.join(causes)}"
+    text = f"step {step}: not finite: {', '.join(_causes(figures))}"
     gradients = list(dict.fromkeys(name for rank in ranks for name in rank["gradients"]))
     if gradients:
         text += f" ({len(gradients)} tensors, such as {gradients[0]})"
@@ -220,6 +218,12 @@ def _line(step: int, ranks: list[dict[str, Any]]) -> str:
         for rank, s in bad[:3]
     )
     return f"{text}; {len(bad)} samples: {shown}{', …' if len(bad) > 3 else ''}"
+
+
+def _causes(figures: list[str]) -> list[str]:
+    """Losses, or else gradients at the reconstruction, or else what there is: each is the next one's cause."""
+    single = [name for name in figures if name not in ("loss/total", "gradient/reconstruction", "gradient/decoder")]
+    return [name for name in single if name.startswith("loss/")] or single or figures
 
 
 def _checkpointer(state: State) -> Checkpointer | None:

@@ -25,7 +25,7 @@ def summary(values: Tensor) -> dict[str, float]:
 def spread_out(tensor: Tensor, count: int) -> Tensor:
     """At most ``count`` values of a tensor, at equal distances: (N,) in fp32."""
     flat = tensor.detach().flatten()
-    return flat[:: max(1, -(-len(flat) // count))].float()
+    return flat[torch.linspace(0, len(flat) - 1, min(count, len(flat)), device=flat.device).long()].float()
 
 
 @register("callback", "histograms")

@@ -54,6 +54,9 @@ class JSONLines(LoggerDestination):
     def eval_end(self, state: State, logger: Logger) -> None:
         self._flush(state)
 
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._flush(state)  # what the last epoch's end had to say
+
     def _flush(self, state: State) -> None:
         if not self.pending:
             return
