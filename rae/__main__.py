@@ -12,6 +12,7 @@ COMMANDS = {  # name, which is its module's in rae/commands -> what it does
     "evaluate": "measure autoencoders on a data set: a table of every metric, several side by side",
     "export": "write an autoencoder as our folder, published weights or a diffusers folder",
     "import": "make our folder of published weights or a diffusers folder",
+    "inspect": "what a run, checkpoint, export or data set holds, and whether it is whole",
     "plan": "what a run will take: operations, memory, time, bytes; before anything is spent",
     "reconstruct": "reconstruct images: pictures, figures of each, a page to look through them",
     "stats": "the mean and variance of a data set's latents",

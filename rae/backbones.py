@@ -1,6 +1,7 @@
 """timm backbones as feature extractors, with weights from a hub, a file or an installed package."""
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if isinstance(state.get(key), dict):
             state = state[key]
     return state
+
+
+def save_state_dict(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors to a ``.safetensors`` file, which transformers and diffusers read too."""
+    from safetensors.torch import save_file
+
+    save_file({name: t.detach().clone().contiguous() for name, t in state.items()}, path, {"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # it makes files that only their owner may read
 
 
 def check_tensors(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from rae.config import Config
@@ -28,6 +29,7 @@ import rae
 
 autoencoder = rae.load("OUT")""",
 }
+_UNITS = {"epoch": "epochs", "batch": "steps"}
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -54,7 +56,7 @@ The evaluation of the training run with these weights, on images rounded to 8 bi
 | data | {{ metrics | join(" | ") }} |
 | --- |{{ " --- |" * metrics | length }}
 {% for label, values in figures.items() -%}
-| {{ label }} | {% for metric in metrics %}{{ values[metric] if metric in values else "–" }} | {% endfor %}
+| {{ label }} |{% for metric in metrics %} {{ values[metric] if metric in values else "–" }} |{% endfor %}
 {% endfor %}
 {%- else -%}
 None are known of these weights. `python -m rae evaluate` measures them.
@@ -63,9 +65,10 @@ None are known of these weights. `python -m rae evaluate` measures them.
 ## Training
 
 {% if training -%}
-{% for line in training -%}
-- {{ line }}
-{% endfor %}
+```yaml
+{{ training }}
+```
+
 `config.yaml` is the run's whole configuration.
 {%- else -%}
 These weights came without their run's configuration.
@@ -73,8 +76,8 @@ These weights came without their run's configuration.
 
 ## Licence
 
-No licence is stated for the decoder: whoever publishes it adds one. The encoder ({{ encoder_name }}) was not trained
-here, and its weights have a licence of their own{{ ", which also holds for the copy in this folder" if included }}.
+No licence is stated for the decoder: whoever publishes it adds one. The encoder was not trained here, and its weights
+({{ encoder_name }}) have a licence of their own{{ ", which also holds for the copy in this folder" if included }}.
 """
 
 
@@ -103,9 +106,9 @@ def model_card(
         facts=_facts(rae, about, included),
         figures=figures,
         metrics=sorted({metric for values in figures.values() for metric in values}),
-        training=_training(config) if config else [],
+        training=_training(config) if config else "",
         encoder_name=kind if included and not _on_hub(encoder_name) else encoder_name,
-        encoder=f"{{{kind}: …}}",
+        encoder=flow({kind: arguments}),
         included=included,
         stats=rae.latent_mean is not None,
     )
@@ -126,7 +129,7 @@ def _facts(rae: RAE, about: Exported, included: bool) -> dict[str, str]:
     told = ", ".join(f"{key} {value}" for key, value in arguments.items())
     first: Any = decoder.blocks[0]
     parameters = sum(p.numel() for p in decoder.parameters())
-    moment = " ".join(f"{key} {value:,}" for key, value in about.trained.items())
+    moment = ", ".join(f"{value:,} {_UNITS.get(key, key)}" for key, value in about.trained.items())
     stated = {"ema": "the moving average of the trained weights", "live": "the trained weights, not their average"}
     return {
         "encoder": f"{kind} ({told}); it sees {network.input_size} px",
@@ -141,12 +144,17 @@ def _facts(rae: RAE, about: Exported, included: bool) -> dict[str, str]:
     }
 
 
-def _training(config: Config) -> list[str]:
-    data, model = config.data, config.model
-    names = [name for name in (data.train.path, *(stream.path for stream in data.train.streams.values())) if name]
-    lines = [
-        f"images: {', '.join(f'`{name}`' for name in names)}, {data.image_size} px, batch {data.batch_size}",
-        f"length: {config.trainer.get('max_duration')}; latent noise τ = {model.noise_tau} ({model.noise})",
-        f"optimizer: `{config.optimizer}`" + (f"; schedule: `{config.schedule}`" if config.schedule else ""),
-    ]
-    return lines + [f"{name}: `{arguments or {}}`" for name, arguments in config.algorithms.items()]
+def _training(config: Config) -> str:
+    """The parts of a run's configuration that decided what was learnt, as YAML."""
+    whole = config.model_dump()
+    train = {key: value for key, value in whole["data"]["train"].items() if value not in (None, {}, False)}
+    told: dict[str, Any] = {"max_duration": config.trainer.get("max_duration"), "noise_tau": config.model.noise_tau}
+    told["data"] = {key: whole["data"][key] for key in ("image_size", "batch_size")} | {"train": train}
+    told |= {key: whole[key] for key in ("optimizer", "schedule") if whole[key]}
+    lines = [f"{key}: {flow(value)}" for key, value in told.items()]
+    return "\n".join([*lines, "algorithms:", *(f"  {k}: {flow(v or {})}" for k, v in config.algorithms.items())])
+
+
+def flow(value: Any) -> str:
+    """A value as one line of YAML."""
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).removesuffix("...\n").strip()

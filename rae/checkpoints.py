@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,7 +161,7 @@ def fetch(folder: str, checkpoint: Listed, destination: Path) -> Path:
     for part in [*checkpoint.parts, *(checkpoint.files & {METRICS})]:
         remote.download(part, local / part)
     for part in checkpoint.parts:
-        for file in _read_part(local / part)[1]:
+        for file in read_seal(local / part)[1]:
             with contextlib.suppress(FileNotFoundError):  # found missing below
                 remote.download(file, local / file)
     verify(local, checkpoint.parts)
@@ -173,7 +174,7 @@ def verify(local: Path, parts: Iterable[str]) -> None:
     Raises:
         DamagedError: a file is missing, or is not what was saved; parts of two saves.
     """
-    read = [_read_part(local / part) for part in parts]
+    read = [read_seal(local / part) for part in parts]
     if len({save for save, _ in read}) > 1:
         raise DamagedError("its parts are of different saves")
     for _, files in read:
@@ -188,7 +189,12 @@ def verify(local: Path, parts: Iterable[str]) -> None:
                 raise DamagedError(f"{file} is damaged: its hash is not the one it was saved with")
 
 
-def _read_part(path: Path) -> tuple[str, dict[str, dict[str, int | str]]]:
+def read_seal(path: Path) -> tuple[str, dict[str, dict[str, int | str]]]:
+    """What a file written by :func:`seal` says: its save, and bytes and hash of each file.
+
+    Raises:
+        DamagedError: it cannot be read.
+    """
     try:
         record = json.loads(path.read_text())
         files = {file: {"bytes": held["bytes"], "xxh3": held["xxh3"]} for file, held in record["files"].items()}
@@ -314,15 +320,18 @@ class _MetadataReader(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_metadata(folder: Path) -> None:
+def check_metadata(folder: Path) -> Any:
     """Check that a sharded checkpoint's ``.metadata``, a pickle that Torch reads unrestricted, holds no code.
+
+    Returns:
+        it, Torch's ``Metadata``.
 
     Raises:
         DamagedError: it does, or cannot be read.
     """
     try:
         with (folder / SHARDED).open("rb") as file:
-            _MetadataReader(file).load()
+            return _MetadataReader(file).load()
     except DamagedError:
         raise
     except Exception as error:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from rae.backbones import check_tensors, read_state_dict
+from rae.backbones import check_tensors, read_state_dict, save_state_dict
 from rae.config import DecoderSizes, Model, PositiveInt, Section, validated
 from rae.decoder import Decoder, load_published_state, published_state_dict
 from rae.encoders.base import PretrainedEncoder, save_pretrained
@@ -119,7 +118,7 @@ def write(rae: RAE, folder: Path) -> None:
         "_latents_mean": mean,
         "_latents_std": std,
     }
-    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
+    save_state_dict(state, folder / WEIGHTS)
     write_json(folder / CONFIG, {"_class_name": CLASS, "_diffusers_version": _VERSION, **settings.model_dump()})
 
 

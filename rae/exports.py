@@ -15,10 +15,9 @@ from typing import Any, Literal
 import torch
 from omegaconf import OmegaConf
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor
 
-from rae.backbones import check_tensors, read_state_dict
+from rae.backbones import check_tensors, read_state_dict, save_state_dict
 from rae.config import DecoderSizes, Model, Section, is_remote, override, validated
 from rae.decoder import Decoder
 from rae.encoders.base import Encoder
@@ -91,6 +90,24 @@ def local_folder(name: str, scratch: Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision))
     except Exception as error:
         raise UserError(f"there is no folder {name!r}, and the hub gives none of that name: {reason(error)}") from error
+
+
+def local_file(path: str, scratch: Path) -> Path:
+    """A file on this disk: itself, or downloaded to ``scratch``.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not is_remote(path):
+        if not Path(path).is_file():
+            raise UserError(f"there is no file {path!r}")
+        return Path(path)
+    folder, _, name = path.rpartition("/")
+    try:
+        RemoteFolder(folder).download(name, scratch / name)
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
+    return scratch / name
 
 
 def download(url: str, local: Path) -> Path:
@@ -221,7 +238,7 @@ def write(rae: RAE, about: Exported, folder: Path, with_encoder: bool = False) -
     exported = about.model_copy(update={"model": model})
     if type(rae.encoder.network).__module__.startswith("rae."):
         exported.imports = []  # they may be gone; what needs them is not exported
-    save_file({name: tensor.detach().contiguous() for name, tensor in rae.state_dict().items()}, folder / WEIGHTS)
+    save_state_dict(rae.state_dict(), folder / WEIGHTS)
     write_json(folder / CONFIG, exported.model_dump())
     return exported
 

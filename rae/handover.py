@@ -8,12 +8,11 @@ import yaml
 
 from rae import diffusers_format, exports, published
 from rae.card import model_card
-from rae.config import is_remote, load_config, save_config
-from rae.exports import Exported, includes_encoder, local_folder, new_folder, read_json
+from rae.config import load_config, save_config
+from rae.exports import Exported, includes_encoder, local_file, local_folder, new_folder, read_json
 from rae.model import read_stats
 from rae.registry import UserError, check_plugin, import_plugins
 from rae.sources import Source
-from rae.storage import RemoteFolder, reason
 
 LAYOUTS = ("rae", "published", "diffusers")
 
@@ -146,21 +145,3 @@ def _name_of(source: str) -> str:
     """A file's folder or a folder: what tells published weights apart, which are all called model.pt."""
     parts = [part for part in source.removesuffix(f"/{published.DECODER}").split("/") if part]
     return parts[-1].removesuffix(".pt") if parts else "rae"
-
-
-def local_file(path: str, scratch: Path) -> Path:
-    """A file on this disk: itself, or downloaded to ``scratch``.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not is_remote(path):
-        if not Path(path).is_file():
-            raise UserError(f"there is no file {path!r}")
-        return Path(path)
-    folder, _, name = path.rpartition("/")
-    try:
-        RemoteFolder(folder).download(name, scratch / name)
-    except Exception as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from error
-    return scratch / name

@@ -1,5 +1,6 @@
 """The layout of the published weights: ``model.pt``, a decoder's ``config.json``, ``stat.pt``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,13 @@ def published_config(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def read(
-    model: Path, config: Path | None, stats: Path | None, encoder: Any, size: str | None = None
-) -> tuple[RAE, Model, int]:
+def read(model: Path, config: Path | None, stats: Path | None, encoder: Any) -> tuple[RAE, Model, int]:
     """An autoencoder of published files.
 
     Args:
         model: ``model.pt``.
-        config: the decoder's ``config.json``, which tells the number of heads; or None, with a ``size``, or where the
-            tensors' shapes are those of a named size.
+        config: the decoder's ``config.json``, which tells the number of heads; or None, where the tensors' shapes are
+            those of a named size.
         stats: ``stat.pt``, or None.
         encoder: the encoder's settings, as in a configuration's ``model.encoder``.
 
@@ -70,40 +69,44 @@ def read(
         UserError: files that cannot be read or do not fit the encoder or each other.
     """
     state = {name.removeprefix("decoder."): tensor for name, tensor in read_state_dict(model).items()}
-    if not {"decoder_pos_embed", "decoder_embed.weight", "decoder_pred.weight"} <= state.keys():
+    if not is_decoder(state):
         raise UserError(f"{model} is no published decoder: it holds {', '.join(sorted(state)[:3]) or 'nothing'}, …")
-    heads = read_json(config, str(config)).get(SIZE_KEYS["num_heads"]) if config else None
-    sizes, image_size = _sizes(state, heads, size, str(model))
+    sizes, image_size = sizes_of(state)
+    if config:
+        sizes["num_heads"] = read_json(config, str(config)).get(SIZE_KEYS["num_heads"]) or sizes["num_heads"]
+    if sizes["num_heads"] is None:
+        raise UserError(f"{model}: its number of heads is not known; give the decoder's config.json, --decoder-config")
     network: Encoder = build("encoder", encoder, "model.encoder")
     width = state["decoder_embed.weight"].shape[1]
     if network.embed_dim != width:
         raise UserError(f"{model} decodes latents of {width} channels, but the encoder gives {network.embed_dim}")
     try:
-        decoder = Decoder(width, image_size, **sizes.model_dump(exclude={"weights"}))
+        decoder = Decoder(width, image_size, **sizes)
     except ValueError as error:
         raise UserError(f"{model}: {error}") from error
     load_published(decoder, str(model))
     rae = RAE(network, decoder, latent_stats=str(stats) if stats else None).eval()
-    return rae, Model(encoder=encoder, decoder=sizes, noise_tau=0.0), image_size
+    return rae, Model(encoder=encoder, decoder=DecoderSizes(**sizes), noise_tau=0.0), image_size
 
 
-def _sizes(state: dict[str, Tensor], heads: int | None, size: str | None, where: str) -> tuple[DecoderSizes, int]:
-    width = state["decoder_embed.weight"].shape[0]
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_layers."))
+def sizes_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
+    """A published decoder's sizes, but for the number of heads, which only named sizes tell; and its image's side.
+
+    Args:
+        state: its tensors, which :func:`is_decoder` knows.
+    """
+    width, depth = state["decoder_embed.weight"].shape[0], sum(name.endswith("query.weight") for name in state)
     mlp = state["decoder_layers.0.intermediate.dense.weight"].shape[0]
-    named = {(d, n, m): (name, h) for name, (d, n, h, m) in SIZES.items()}.get((width, depth, mlp), (None, None))
-    if size is not None and size != named[0]:
-        raise UserError(f"{where} is no {size}: it is {width} wide, with {depth} layers and an MLP of {mlp}")
-    heads = heads or named[1]
-    if heads is None:
-        raise UserError(
-            f"{where}: its number of heads is not known; give the decoder's config.json by --decoder-config"
-        )
+    heads = {(dim, layers, hidden): heads for dim, layers, heads, hidden in SIZES.values()}.get((width, depth, mlp))
     patch = round((state["decoder_pred.weight"].shape[0] / 3) ** 0.5)
     positions = state["decoder_pos_embed"]
     grid = round((positions.shape[1] - 1) ** 0.5)
     fixed = width % 4 == 0 and torch.allclose(positions.float(), sincos_positions(width, grid), atol=1e-5)
-    sizes = DecoderSizes(
-        patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, mlp_dim=mlp, trainable_positions=not fixed
-    )
-    return sizes, grid * patch
+    sizes = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads, "mlp_dim": mlp}
+    return {**sizes, "trainable_positions": not fixed}, grid * patch
+
+
+def is_decoder(state: Mapping[str, Any]) -> bool:
+    """Whether tensors are those of a published decoder, as their names say."""
+    needed = ("decoder_embed.weight", "decoder_pos_embed", "decoder_pred.weight")
+    return {*needed, "decoder_layers.0.intermediate.dense.weight"} <= state.keys()

@@ -657,7 +657,7 @@ def verify(url: str, workers: int = Options.workers) -> tuple[int, list[str]]:
         UserError: there is no index.json, or it is no index.
     """
     index = read_index(url)
-    faults = _summary_faults(url, index)
+    faults = summary_faults(url, index)
     job = Job((url, index["shards"]), Options(url), Place(url), 0, len(index["shards"]), 1, False)
     sound = 0
     for record in run_parts(_check_shard, job, job.parts(), workers):
@@ -666,7 +666,7 @@ def verify(url: str, workers: int = Options.workers) -> tuple[int, list[str]]:
     return sound, sorted(faults)
 
 
-def _summary_faults(url: str, index: dict[str, Any]) -> list[str]:
+def summary_faults(url: str, index: dict[str, Any]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         name = f"{url.rstrip('/')}/{SUMMARY}"
         path = fetch(name, f"{folder}/{SUMMARY}") if is_remote(url) else name

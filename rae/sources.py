@@ -218,24 +218,34 @@ def _listed(folder: str) -> list[Listed]:
 
 def _open_run(source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
     config = load_config(f"{source}/{CONFIG}", overrides)
-    found = _of_run(config, source)
+    found = checkpoints_of_run(source, config)
     if not found:
         raise UserError(f"{source}: the run has no checkpoint yet")
     return _open_newest(found, source, weights, overrides, scratch)
 
 
-def _of_run(config: Config, folder: str) -> list[tuple[str, Listed]]:
-    """A run's checkpoints: beside its configuration, where it says, and what waits there for its upload."""
+def checkpoints_of_run(folder: str, config: Config | None) -> list[tuple[str, Listed]]:
+    """A run's checkpoints, each with the folder that holds it, the newest first.
+
+    Args:
+        folder: the run's, or one of checkpoints.
+        config: the run's configuration, which may say where they are.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
     from rae.run import save_folder
 
+    said = config and save_folder(config)
     waiting = (str(path) for path in Path(folder).glob("uploads/node*"))
-    places = dict.fromkeys([f"{folder}/checkpoints", save_folder(config) or "", *waiting])
-    return [(place, each) for place in places if place for each in _listed(place)]
+    places = dict.fromkeys([folder, f"{folder}/checkpoints", *([said] if said else []), *waiting])
+    found = [(place, each) for place in places for each in _listed(place)]
+    return sorted(found, key=lambda pair: pair[1].age, reverse=True)
 
 
 def _open_yaml(source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
     config = load_config(source, overrides)
-    found = _of_run(config, config.run_dir)
+    found = checkpoints_of_run(config.run_dir, config)
     if any(checkpoint.parts for _, checkpoint in found):
         return _open_newest(found, source, weights, overrides, scratch)
     if config.model.decoder.weights is None:
@@ -255,7 +265,7 @@ def _open_newest(
     found: list[tuple[str, Listed]], source: str, weights: str, overrides: list[str], scratch: Path
 ) -> Source:
     fault = "there is no complete checkpoint in it"
-    for folder, checkpoint in sorted(found, key=lambda pair: pair[1].age, reverse=True):
+    for folder, checkpoint in found:
         try:
             local = fetch(folder, checkpoint, scratch)
             if (local / SHARDED).is_file():

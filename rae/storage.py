@@ -4,6 +4,7 @@ The stores themselves are Composer's (``s3://``, ``gs://``, ``oci://``, ``azure:
 """
 
 import contextlib
+import functools
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ from rae.registry import UserError
 
 # S3: an unreachable server is to be found in seconds; uploads are tried again above this.
 _S3_CLIENT = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 3}}
+_S3_SETTINGS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_REGION")
 _DELETABLE = ("s3", "gs")
 _REASONS = {  # what S3's servers and boto3 say -> what that means to the user
     "NoSuchBucket": "there is no such bucket; create it, or mend the name",
@@ -80,6 +82,24 @@ class RemoteFolder:
             FileNotFoundError: there is no such object.
         """
         self.store.download_object(f"{self.prefix}{name}", str(path), overwrite=True)
+
+    def size(self, name: str) -> int:
+        """The bytes of an object.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        return self.store.get_object_size(f"{self.prefix}{name}")
+
+    def head(self, name: str, count: int) -> bytes:
+        """The first bytes of an object, without the rest where the store can."""
+        if urlparse(self.url).scheme == "s3":
+            key, span = f"{self.prefix}{name}", f"bytes=0-{count - 1}"
+            return self.store.client.get_object(Bucket=self.store.bucket, Key=key, Range=span)["Body"].read()
+        with tempfile.TemporaryDirectory() as folder:
+            self.download(name, Path(folder, "whole"))
+            with Path(folder, "whole").open("rb") as file:
+                return file.read(count)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects; see :func:`can_delete`."""
@@ -161,12 +181,21 @@ def written(out: str, where: str) -> Iterator[Path]:
         raise UserError(f"{where}: cannot write {out}: {error.strerror or error}") from error
 
 
+@functools.lru_cache(8)
+def _s3_store(bucket: str, process: int, *settings: str) -> Any:
+    """A client, which takes tenths of a second to make. It is not used by forked processes, nor with other settings."""
+    from composer.utils import S3ObjectStore
+
+    return S3ObjectStore(bucket, client_config=dict(_S3_CLIENT))
+
+
 def _open_store(url: str, scheme: str, bucket: str) -> Any:
-    from composer.utils import S3ObjectStore, maybe_create_object_store_from_uri  # heavy: only when there is a bucket
+    from composer.utils import maybe_create_object_store_from_uri  # heavy: only when there is a bucket
 
     try:
         if scheme == "s3":
-            return S3ObjectStore(bucket, client_config=dict(_S3_CLIENT))
+            settings = (os.environ.get(name, "") for name in ("S3_ENDPOINT_URL", *_S3_SETTINGS))
+            return _s3_store(bucket, os.getpid(), *settings)
         return maybe_create_object_store_from_uri(url)
     except NotImplementedError as error:
         raise UserError(f"{url}: {scheme}:// is no known kind of storage; s3, gs, oci and azure are") from error

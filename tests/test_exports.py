@@ -179,7 +179,7 @@ def test_export_and_load(undisturbed, trained, tmp_path, capsys):
     assert again.figures == trained.figures and again.config.trainer["max_duration"] == "2ep"
     card = (tmp_path / "out/README.md").read_text()
     metrics = json.loads((undisturbed / METRICS).read_text())["eval"]
-    for told in (f"{metrics['psnr']:.4g}", "epoch 2 batch 10", "32 × 4 × 4", 'rae.load("FOLDER")', "moving average"):
+    for told in (f"{metrics['psnr']:.4g}", "2 epochs, 10 steps", "32 × 4 × 4", 'rae.load("FOLDER")', "moving average"):
         assert told in card
     with pytest.raises(SystemExit):
         main(["export", str(undisturbed), out])

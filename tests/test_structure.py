@@ -16,7 +16,7 @@ GROUPS = [
     {"parallelism", "resume"},
     {"run", "curves", "reconstruction"},
     {"gallery", "plan"},
-    {"sources", "handover", "comparison"},
+    {"sources", "handover", "inspection", "comparison"},
     {"commands"},
     {"demo", "bench", "__main__"},
 ]

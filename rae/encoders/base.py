@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rae.backbones import weightless
+from rae.backbones import save_state_dict, weightless
 from rae.encoders.architectures import PUBLISHED
 from rae.layers import Normalize, resize
 from rae.registry import UserError
@@ -71,14 +71,10 @@ def save_pretrained(
         config: transformers' configuration of the model.
         state: its weights, but for the affine of ``final_norm``, which becomes the identity.
     """
-    from safetensors.torch import save_file
-
     width = torch.ones(config.hidden_size)
     whole = {**state, f"{final_norm}.weight": width, f"{final_norm}.bias": torch.zeros_like(width)}
     config.save_pretrained(folder)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in whole.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    save_state_dict(whole, folder / "model.safetensors")
     processor = {"image_processor_type": "ViTImageProcessor", "image_mean": mean, "image_std": std}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rae.backbones import TimmFeatures
+from rae.backbones import TimmFeatures, save_state_dict
 from rae.encoders.base import Encoder
 from rae.registry import register
 
@@ -47,11 +47,8 @@ class Timm(Encoder):
         self.backbone = features.network
 
     def save_weights(self, folder: Path) -> str:
-        from safetensors.torch import save_file
-
-        # As TimmFeatures looks for them.
-        state = {name.removeprefix("model."): t.contiguous() for name, t in self.backbone.state_dict().items()}
-        save_file(state, folder / "model.safetensors")
+        state = self.backbone.state_dict()  # under the names by which TimmFeatures looks for them:
+        save_state_dict({name.removeprefix("model."): t for name, t in state.items()}, folder / "model.safetensors")
         return "model.safetensors"
 
     def tokens(self, image: Tensor) -> Tensor:
