@@ -10,6 +10,7 @@ A folder of them::
 
 import csv
 import functools
+import itertools
 import json
 import math
 import os
@@ -181,20 +182,32 @@ class FileNames:
     """Paths of PNGs for images' names: sub-folders are kept, and no two are the same on any file system."""
 
     def __init__(self) -> None:
-        self.taken: set[str] = set()
+        self.files: set[str] = set()
+        self.folders: set[str] = set()
 
     def of(self, name: str) -> str:
         """``a/b.jpg`` -> ``a/b.png``, or ``a/b-2.png`` when that was given to another name."""
         # Names come from shards too, which may be a stranger's: nothing may be written outside the folder.
         parts = [_harmless(part) for part in PurePosixPath(name).parts if part.strip("/") not in ("", ".", "..")]
         *folders, last = parts or ["image"]
-        stem = _shorter(PurePosixPath(last).stem, 240)
-        count, file = 1, "/".join([*folders, f"{stem}.png"])
-        while (key := unicodedata.normalize("NFC", file).casefold()) in self.taken:
-            count += 1
-            file = "/".join([*folders, f"{stem}-{count}.png"])
-        self.taken.add(key)
+        folder = ""
+        for part in folders:
+            folder = _free(folder + part, "", self.files)
+            self.folders.add(_key(folder))
+            folder += "/"
+        file = _free(folder + _shorter(PurePosixPath(last).stem, 240), ".png", self.files, self.folders)
+        self.files.add(_key(file))
         return file
+
+
+def _free(start: str, end: str, *taken: set[str]) -> str:
+    candidates = itertools.chain([start + end], (f"{start}-{count}{end}" for count in itertools.count(2)))
+    return next(each for each in candidates if not any(_key(each) in names for names in taken))
+
+
+def _key(path: str) -> str:
+    """The same for paths that some file system takes for the same."""
+    return unicodedata.normalize("NFC", path).casefold()
 
 
 def _harmless(part: str) -> str:

@@ -42,7 +42,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def reconstruct(*words) -> None:
-    main(["reconstruct", *map(str, words), "--workers=0", "--device=cpu", "--set", METRICS])
+    main(["reconstruct", "--workers=0", "--device=cpu", "--set", METRICS, *map(str, words)])
 
 
 def pixels(path: Path) -> torch.Tensor:
@@ -144,6 +144,12 @@ def test_names_are_kept_apart_and_inside():
     assert names.of("../../etc/x\n.png") == "etc/x_.png"
     assert names.of("/root/x.png") == "root/x.png"
     assert names.of("..") == "image.png"
+    assert [names.of(name) for name in ("d.jpg", "d.png/e.jpg", "f.png/e.jpg", "f.jpg")] == [
+        "d.png",
+        "d.png-2/e.png",  # d.png is a file
+        "f.png/e.png",
+        "f-2.png",
+    ]
     assert len(names.of("é" * 200 + ".jpg").encode()) <= 255
 
 
@@ -192,11 +198,13 @@ def test_damaged_images_are_named_and_left_out(undisturbed, tmp_path, capsys):
         (["{run}", "{images}", "--out={old}"], "already exists; give another place, or --overwrite to replace it"),
         (["{run}", "{images}", "--out={images}", "--overwrite"], "exists and holds no reconstructions"),
         (["{run}", "{images}", "--out={images}/a/000.png"], "is a file; give a folder"),
-        (["{run}", "{images}", "--out=/proc/out"], "--out /proc/out cannot be written: "),
+        (["{run}", "{images}", "--out={images}/a/000.png/new"], "cannot be written: Not a directory"),
         (["{run}", "{images}", "--out=s3://bucket/out"], "pictures go to a local folder"),
         (["{run}", "{images}", "--out={new}", "--tau", "0"], "--tau 0: a noise level is above 0"),
         (["{run}", "{images}", "--out={new}", "--limit=0"], "--limit must be at least 1, not 0"),
-        (["{run}", "{images}", "--out={new}", "--size=8"], "--size must be at least 16, not 8"),
+        (["{run}", "{images}", "--out={new}", "--size=8"], "--size must be from 16 to 8192 pixels, not 8"),
+        (["{run}", "{images}", "--out={new}", "--workers=-1"], "--workers must be 0 or more, not -1"),
+        (["{run}", "{images}", "--out={new}", "--device=tpu"], "--device 'tpu' is no device"),
         (["{run}", "{images}", "--out={new}", "--lpips-weights=absent.pth"], "there is no file 'absent.pth'"),
     ],
 )
@@ -344,7 +352,7 @@ def test_the_page_sorts_in_a_browser(page_folder, tmp_path):
 
     def names_at(fragment: str) -> list[str]:
         page = Page(dumped(f"{(page_folder / 'index.html').as_uri()}#{fragment}", tmp_path))
-        return [card["data-name"] for card in page.all("li", **{"class": "card"}) if "hidden" not in card]
+        return [card["data-name"] for card in page.all("li", **{"class": "card"})]
 
     records = records_of(40)
     by_psnr = [r.name for r in sorted(records, key=lambda r: r.figures["psnr"])]

@@ -42,5 +42,13 @@ def check_counts(arguments: argparse.Namespace, *options: str) -> None:
 
 
 def loading_workers(arguments: argparse.Namespace) -> int:
-    """``--workers``, by default as many as there are cores, and no more than 8."""
+    """``--workers``, by default as many as there are cores, and no more than 8.
+
+    Raises:
+        UserError: it is negative.
+    """
+    from rae.registry import UserError
+
+    if arguments.workers is not None and arguments.workers < 0:
+        raise UserError(f"--workers must be 0 or more, not {arguments.workers}")
     return min(8, os.cpu_count() or 1) if arguments.workers is None else arguments.workers

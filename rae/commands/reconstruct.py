@@ -86,8 +86,9 @@ def _check(arguments: argparse.Namespace) -> None:
     from rae.registry import UserError
 
     check_counts(arguments, "limit", "batch_size", "gallery")
-    if arguments.size is not None and arguments.size < 16:
-        raise UserError(f"--size must be at least 16, not {arguments.size}")
+    loading_workers(arguments)
+    if arguments.size is not None and not 16 <= arguments.size <= 8192:
+        raise UserError(f"--size must be from 16 to 8192 pixels, not {arguments.size}")
     for tau in arguments.tau:
         if not 0 < tau < math.inf:
             raise UserError(f"--tau {tau:g}: a noise level is above 0 (the latent without noise is always decoded)")
