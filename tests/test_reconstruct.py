@@ -362,6 +362,35 @@ def test_the_page_sorts_in_a_browser(page_folder, tmp_path):
     assert names_at("sort=name&find=dir/1") == ["dir/10.jpg", *(f"dir/{i}.jpg" for i in range(11, 20))]
 
 
+USE = """
+addEventListener("load", () => {
+  const one = selector => document.querySelector(selector), flip = one(".flip"), told = {};
+  const shown = () => [...flip.querySelectorAll("img")].find(img => getComputedStyle(img).opacity === "1").className;
+  told.shown = [shown()];
+  for (const act of [() => flip.click(), () => flip.click(), () => one("[name=view][value=difference]").click()]) {
+    act();
+    told.shown.push(shown());
+  }
+  document.querySelectorAll(".open")[2].click();
+  one("dialog").dispatchEvent(new KeyboardEvent("keydown", {key: "n"}));
+  told.large = one("#large-name").textContent;
+  told.focus = document.activeElement.id;
+  told.overflow = document.documentElement.scrollWidth - innerWidth;
+  document.body.dataset.told = JSON.stringify(told);
+});
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_page_turns_and_enlarges_pictures_in_a_browser(page_folder, tmp_path):
+    _, text = write_page(page_folder)
+    (tmp_path / "used.html").write_text(text.replace("</body>", f"<script>{USE}</script></body>"), encoding="utf-8")
+    (body,) = Page(dumped((tmp_path / "used.html").as_uri(), tmp_path)).all("body")
+    told = json.loads(body["data-told"])
+    assert told["shown"] == ["recon", "original", "recon", "difference"]
+    assert told["large"] == "dir/3.jpg" and told["focus"] == "cut" and told["overflow"] <= 0
+
+
 def dumped(url: str, scratch: Path) -> str:
     """A page's DOM after its scripts have run."""
     options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
