@@ -3,8 +3,16 @@
 import argparse
 from dataclasses import replace
 
+from rae.conversion import (
+    add_options,
+    add_val_fraction,
+    convert_splits,
+    options_from,
+    report,
+    run_command,
+    write_shards,
+)
 from rae.images import list_images
-from rae.shards import add_options, add_val_fraction, convert_splits, options_from, report, run_command, write_shards
 
 
 def main() -> None:

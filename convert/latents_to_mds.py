@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from rae.config import load_config, rank, world_size
+from rae.conversion import report, run_command
 from rae.latents import DTYPES, write_latents
+from rae.parts import Options
 from rae.registry import UserError, import_plugins
-from rae.shards import Options, report, run_command
 
 
 def main() -> None:

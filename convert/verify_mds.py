@@ -3,8 +3,10 @@
 import argparse
 import sys
 
+from rae.conversion import run_command
+from rae.parts import Options
 from rae.registry import UserError
-from rae.shards import Options, run_command, verify
+from rae.verification import verify
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ from rae.data import Batcher, ImageDataset, IndexedImages, eval_transform, open_
 from rae.encoders.base import Encoder
 from rae.images import batches
 from rae.layers import Frozen
+from rae.parts import Job, Options, PartWriter, finish
 from rae.registry import UserError, build
-from rae.shards import RECORDS, Job, Options, PartWriter, Place, finish
+from rae.shards import RECORDS, Place
 
 STATS = "stat.pt"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 
+from rae.processes import one_at_a_time
 from tests.conftest import ROOT, write_images
 
 FOLDER, HF, VERIFY = "convert/imagefolder_to_mds.py", "convert/hf_to_mds.py", "convert/verify_mds.py"
@@ -44,7 +45,9 @@ def convert(script, *arguments, check=True):
 
 
 def read(out: Path) -> list[dict]:
-    return list(StreamingDataset(local=str(out), batch_size=1, shuffle=False))
+    with one_at_a_time("streaming"):
+        data = StreamingDataset(local=str(out), batch_size=1, shuffle=False)
+    return list(data)
 
 
 @pytest.fixture

@@ -32,9 +32,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from rae.conversion import encode
 from rae.data import open_dataset, train_loader, train_transform
 from rae.demo import photographs
-from rae.shards import Options, encode
+from rae.parts import Options
 
 SIZE, SHORT, BATCH = 256, 384, 32
 REFERENCE = "ImageFolder + Pillow"
