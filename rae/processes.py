@@ -91,9 +91,18 @@ class RunLock:
             return
 
 
+_turns: set[str] = set()
+
+
 @contextmanager
 def one_at_a_time(name: str, seconds: float = 60.0) -> Iterator[None]:
-    """Processes of this machine that name the same thing go through one after the other, if it takes no longer."""
+    """Processes of this machine that name the same thing go through one after the other, if it takes no longer.
+
+    Whoever is in already may enter again.
+    """
+    if name in _turns:
+        yield
+        return
     path = Path(tempfile.gettempdir(), f"rae-{name}-{os.getuid()}.lock")
     with path.open("w") as file:
         end = time.monotonic() + seconds
@@ -103,7 +112,11 @@ def one_at_a_time(name: str, seconds: float = 60.0) -> Iterator[None]:
                 break
             except OSError:
                 time.sleep(0.05)
-        yield
+        _turns.add(name)
+        try:
+            yield
+        finally:
+            _turns.discard(name)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Whole runs through the command: several ranks, stop and resume, what lies in the run's folder."""
 
 import json
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
@@ -49,10 +50,11 @@ def test_a_checkpoint_holds_trained_weights_alone(undisturbed):
     assert "average" in names
 
 
-def test_running_a_finished_run_again_says_so(shards, undisturbed):
-    files = [undisturbed / name for name in ("metrics.jsonl", "metrics.json")]
+def test_running_a_finished_run_again_says_so(shards, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    files = [tmp_path / "run" / name for name in ("metrics.jsonl", "metrics.json")]
     before = [file.read_text() for file in files]
-    done = launch(resumable(shards, undisturbed), undisturbed.parent)
+    done = launch(resumable(shards, tmp_path / "run"), tmp_path)
     assert "is finished (2ep)" in done.stderr
     assert [file.read_text() for file in files] == before
 

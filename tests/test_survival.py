@@ -25,8 +25,8 @@ from tests.conftest import (
     launch,
     layout_settings,
     load_newest,
+    make_shards,
     resumable,
-    run,
     tensors_of,
     train_here,
     write_yaml,
@@ -136,9 +136,7 @@ def bucket(s3, monkeypatch):
 
 def test_a_new_machine_needs_the_bucket_alone(shards, undisturbed, bucket, tmp_path):
     """Shards and checkpoints in the bucket; the first machine is killed and its disk is lost; then a finished run."""
-    for split in ("train", "eval"):
-        source, target = shards / f"images-{split}", f"s3://images/data/{split}"
-        run(sys.executable, "convert/imagefolder_to_mds.py", str(source), target, "--workers=1")
+    make_shards(tmp_path / "source", "s3://images/data")
     settings = resumable(shards, tmp_path / "machine")
     settings["trainer"]["save_folder"] = "s3://images/runs/machine"
     for split in ("train", "eval"):
