@@ -14,12 +14,13 @@ from streaming.base.util import bytes_to_int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rae.config import Config, rank, world_size
+from rae.config import Config, is_remote, rank, world_size
 from rae.data import Batcher, ImageDataset, IndexedImages, eval_transform, open_dataset, start_worker
 from rae.encoders.base import Encoder
 from rae.images import batches
 from rae.layers import Frozen
 from rae.parts import Job, Options, PartWriter, finish
+from rae.processes import streaming_turn
 from rae.registry import UserError, build
 from rae.shards import RECORDS, Place
 
@@ -112,7 +113,8 @@ def _open(config: Config, split: str) -> ImageDataset:
         raise UserError(f"data.{split}.path: there is none, so there is nothing to encode")
     cache = source.cache or f"{config.run_dir}/cache/{split}"
     try:
-        return open_dataset(source.path, cache, transform=eval_transform(config.data.image_size), seed=0)
+        with streaming_turn([cache if is_remote(source.path) else source.path]):
+            return open_dataset(source.path, cache, transform=eval_transform(config.data.image_size), seed=0)
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"data.{split}.path: cannot open {source.path!r}: {str(error).splitlines()[0]}") from error
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -510,7 +511,7 @@ def _check_folder(folder: str) -> None:
 
 def _save_final_metrics(config: Config, trainer: Trainer) -> Path:
     final = {  # each metric keeps the value of the last evaluation
-        label: {name: float(metric.compute()) for name, metric in metrics.items()}
+        label: {name: _number(metric.compute()) for name, metric in metrics.items()}
         for label, metrics in trainer.state.eval_metrics.items()
         if all(metric.update_called for metric in metrics.values())
     }
@@ -523,6 +524,11 @@ def _save_final_metrics(config: Config, trainer: Trainer) -> Path:
 
 def train(config: Config) -> Trainer:
     """Check, build, fit, evaluate; write the final metrics to ``<run_dir>/metrics.json``.
+
+def _number(value: Any) -> float | None:
+    """JSON has no NaN or infinity."""
+    return float(value) if math.isfinite(value) else None
+
 
     Raises:
         UserError: the user's mistake, or a condition that the user can mend.
