@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from rae.registry import UserError, explain
@@ -132,6 +132,31 @@ class Checkpoints(Section):
     """Attempts to upload a file before the run stops; the pauses between them double from a second on."""
 
 
+class Compile(Section):
+    """Which networks torch.compile makes faster; numbers and checkpoints stay as they are. ``true`` means all."""
+
+    encoder: bool = False
+    decoder: bool = False
+    perceptual: bool = False
+    """The networks of perceptual loss terms."""
+    discriminator: bool = False
+    backend: str = "inductor"
+    mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """Inductor's; the second tries more kernels, and takes longer to start."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all(cls, value: Any) -> Any:
+        return dict.fromkeys(_COMPILED, value) if isinstance(value, bool) else value
+
+    def networks(self) -> list[str]:
+        """The chosen ones."""
+        return [name for name in _COMPILED if getattr(self, name)]
+
+
+_COMPILED = ("encoder", "decoder", "perceptual", "discriminator")
+
+
 class Config(Section):
     """The whole run."""
 
@@ -152,6 +177,7 @@ class Config(Section):
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     fsdp: dict[str, Any] = {}
     """Arguments of Composer's FSDP2Config; ``replicas: N`` shards within each of N groups of ranks (hybrid)."""
+    compile: Compile = Compile()
     checkpoints: Checkpoints = Checkpoints()
     trainer: dict[str, Any]
     """Arguments of composer.Trainer, as they are; max_duration is required."""

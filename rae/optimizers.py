@@ -20,8 +20,13 @@ def adamw(
     eps: float = 1e-8,
     fused: bool | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with the RAE recipe's settings as defaults; fused on a GPU."""
-    fused = torch.cuda.is_available() if fused is None else fused
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with the RAE recipe's settings as defaults.
+
+    Args:
+        fused: one pass over weights, gradients and moments, without waiting; by default wherever torch has it.
+    """
+    params = list(params)
+    fused = _has_fused(params) if fused is None else fused
     return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
 
 
@@ -33,9 +38,14 @@ def adam(
     eps: float = 1e-8,
     fused: bool | None = None,
 ) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba, arXiv 1412.6980); fused on a GPU."""
-    fused = torch.cuda.is_available() if fused is None else fused
+    """Adam (Kingma & Ba, arXiv 1412.6980); ``fused`` as for :func:`adamw`."""
+    params = list(params)
+    fused = _has_fused(params) if fused is None else fused
     return torch.optim.Adam(params, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def _has_fused(params: list[torch.nn.Parameter]) -> bool:
+    return all(p.device.type in ("cpu", "cuda") for p in params)
 
 
 @register("schedule", "warmup_cosine", context=("base_lr", "steps_per_epoch"))

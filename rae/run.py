@@ -34,6 +34,7 @@ from rae.callbacks.guard import Guard
 from rae.callbacks.progress import Progress
 from rae.callbacks.step_figures import StepFigures
 from rae.checkpoints import METRICS, without_code
+from rae.compilation import check_compiler, compile_networks
 from rae.config import Config, EvalData, check_data, is_remote, rank, save_config, to_yaml, world_size
 from rae.data import (
     DataError,
@@ -175,6 +176,7 @@ def build_trainer(config: Config) -> Trainer:
     arguments = dict(config.trainer)
     arguments["precision"] = _precision(arguments.get("precision"), arguments.get("device"))
     device = _initialize(config)
+    check_compiler(config.compile, device.name)
     if rank() == 0:
         save_config(config, Path(config.run_dir) / "config.yaml")
     checkpointer = _checkpointer(config, arguments)
@@ -188,6 +190,7 @@ def build_trainer(config: Config) -> Trainer:
     figures = StepFigures()
     context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation, figures=figures)
     algorithms = _build_all("algorithm", config.algorithms, context)
+    compile_networks(config.compile, model, algorithms)
     for adversarial in (each for each in algorithms if isinstance(each, Adversarial)):
         model.eval_metrics |= within("discriminator", verdict(adversarial.discriminator))
     arguments.setdefault("progress_bar", sys.stderr.isatty())

@@ -233,7 +233,9 @@ def step_operations(state: State) -> dict[str, float]:
 
 
 def _counted(state: State, function: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    with FlopCounterMode(display=False) as counter, get_precision_context(state.precision):
+    # What is called for the first time under the counter would never be compiled.
+    eagerly = torch.compiler.set_stance("force_eager")
+    with eagerly, FlopCounterMode(display=False) as counter, get_precision_context(state.precision):
         result = function()
     return float(counter.get_total_flops()), result.float()
 
