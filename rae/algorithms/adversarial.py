@@ -229,7 +229,7 @@ class Adversarial(Algorithm):
         """Let the optimizer change nothing if a loss or gradient is not finite: 0 or 1, the same on all ranks."""
         if self.scaler.is_enabled():  # which does it by itself
             return torch.zeros_like(figures[0])
-        norms = torch._foreach_norm([p.grad for p in self.parameters])
+        norms = torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])
         bad = (~torch.stack([*norms, *figures]).isfinite()).any().float()
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = bad  # read on the device

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -103,7 +104,7 @@ class Guard(Callback):
     def _is_exhausted(self, state: State) -> bool:
         if state.precision != Precision.AMP_FP16 or state.scaler is None or state.scaler.get_scale() >= 1:
             return False
-        return not all(map(torch.isfinite, map(torch.tensor, self.figures.values().values())))
+        return not all(map(math.isfinite, self.figures.values().values()))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.on_nan == "ignore":
