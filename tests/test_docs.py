@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from rae.config import Config, load_config
 from rae.run import check
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run, write_images
+from tests.test_yamls import backbones, overrides  # noqa: F401
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)? ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -198,3 +199,23 @@ def test_error_lines_are_the_programs_own(line, messages):
 
 def test_error_lines_are_found():
     assert len(ERROR_LINES) > 20
+
+
+def test_the_guide_from_zero_runs_as_written(tmp_path, backbones):  # noqa: F811
+    for name in ("convert", "yamls", "train.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_images(tmp_path / "photos/hills", 12)
+    write_images(tmp_path / "photos/sea", 12, seed=1)
+    tiny = [
+        word
+        for word in overrides("rae_dino_b", tmp_path, tmp_path / "runs/photos", backbones)
+        if not word.startswith(("data.train.path", "data.eval.path"))
+    ]
+    script = "".join(text for mark, text in blocks(ROOT / "docs/own-images.md", "bash") if mark == "run")
+    for line in lines(script):
+        words = shlex.split(line)
+        small = tiny if "yamls/rae_dino_b.yaml" in words else []
+        run(*words, *small, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    made = ["look/index.html", "figures.json", "exports/photos/model.safetensors", "runs/photos/curves.png"]
+    made += ["exports/stat.pt"]
+    assert [name for name in made if not (tmp_path / name).is_file()] == []
