@@ -3,9 +3,10 @@
 import argparse
 import importlib
 import keyword
+import os
 import sys
 
-from rae.registry import UserError
+from rae.registry import RankError, UserError
 
 COMMANDS = {  # name, which is its module's in rae/commands -> what it does
     "curves": "draw a run's figures",
@@ -52,7 +53,8 @@ def main(words: list[str] | None = None) -> None:
     try:
         arguments.run(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
