@@ -58,7 +58,7 @@ def _look(name: str, path: str) -> DataSet:
     except UserError as error:
         return DataSet(name, path, fault=str(error).removeprefix(f"cannot read {path}/{INDEX}: "))
     if index is None:
-        return DataSet(name, path, fault="there is no data set")
+        return DataSet(name, path, fault=f"there is no {INDEX}")
     try:
         shards = index["shards"]
         return DataSet(

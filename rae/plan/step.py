@@ -444,10 +444,11 @@ def _shard(model: RAEModel, config: Config, mesh: Any) -> None:
 @contextmanager
 def _silent_group(ranks: int) -> Iterator[Any]:
     """This process as rank 0 of so many, of which no other exists; gives their device mesh."""
+    import torch.distributed._tools.fake_collectives  # noqa: F401 - makes collectives known to fake tensors
+
     if ranks == 1:
         yield None
         return
-    import torch.distributed._tools.fake_collectives  # noqa: F401 - makes collectives known to fake tensors
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rae.plan.report import RESERVE
@@ -64,9 +65,11 @@ def _data(plan: dict[str, Any]) -> Table:
     _right(table, 1, 4)
     for each in plan["data"]:
         if each["fault"]:
-            table.add_row(each["name"], UNKNOWN, UNKNOWN, UNKNOWN, f"{each['path']}: {each['fault']}")
+            table.add_row(each["name"], UNKNOWN, UNKNOWN, UNKNOWN, escape(f"{each['path']}: {each['fault']}"))
         else:
-            table.add_row(each["name"], f"{each['images']:,}", f"{each['shards']:,}", size(each["bytes"]), each["path"])
+            table.add_row(
+                each["name"], f"{each['images']:,}", f"{each['shards']:,}", size(each["bytes"]), escape(each["path"])
+            )
     return table
 
 
