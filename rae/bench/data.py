@@ -32,9 +32,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from rae.conversion import encode
+from rae import conversion
 from rae.data import open_dataset, train_loader, train_transform
 from rae.demo import photographs
+from rae.images import list_images
 from rae.parts import Options
 
 SIZE, SHORT, BATCH = 256, 384, 32
@@ -136,25 +137,19 @@ def write_litdata(folder: Path) -> None:
     writer.merge()
 
 
-def write_shards(name: str, *options: str) -> Callable[[Path], None]:
-    """Our conversion command."""
+def write_shards(name: str, resize: int | None = None, workers: int = 1) -> Callable[[Path], None]:
+    """Our conversion."""
 
     def write(folder: Path) -> None:
-        command = [
-            sys.executable,
-            "convert/imagefolder_to_mds.py",
-            str(folder / "images"),
-            str(folder / name),
-            *options,
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        options = Options(str(folder / name), resize=resize, workers=workers, overwrite=True)
+        conversion.write_shards(list_images(str(folder / "images")), options)
 
     return write
 
 
 # name -> (its folder, how it is written, how it is loaded, the package that it needs)
 WAYS: dict[str, tuple[str, Callable[[Path], Any] | None, Callable[[Path], Iterable[Any]], str]] = {
-    "rae, resized shards": ("resized", write_shards("resized", f"--resize={SHORT}"), ours("resized"), "rae"),
+    "rae, resized shards": ("resized", write_shards("resized", SHORT), ours("resized"), "rae"),
     "rae, original shards": ("original", write_shards("original"), ours("original"), "rae"),
     REFERENCE: ("images", None, image_folder, "torchvision"),
     "datasets + Pillow": ("hf", write_hugging_face, hugging_face, "datasets"),
@@ -203,24 +198,36 @@ def peak_memory(way: str, folder: Path) -> float:
 
 def _encode_all(arguments: tuple[list[str], Options]) -> int:
     torch.set_num_threads(1)
-    return sum(bool(encode(Path(path).read_bytes(), arguments[1])) for path in arguments[0])
+    return sum(bool(conversion.encode(Path(path).read_bytes(), arguments[1])) for path in arguments[0])
 
 
-def codec_rate(folder: Path, processes: int) -> float:
-    """Images/s of decoding, resizing and encoding alone, in so many processes."""
+def _rates(count: int, work: Callable[[], Any]) -> tuple[float, float]:
+    """Images a second, and a second of processor time of this process and those that it starts and ends."""
+
+    def spent() -> float:
+        return sum(os.times()[:4])
+
+    began, before = time.perf_counter(), spent()
+    work()
+    return count / (time.perf_counter() - began), count / (spent() - before)
+
+
+def codec_rates(folder: Path, processes: int) -> tuple[float, float]:
+    """See :func:`_rates`: decoding, resizing and encoding alone, in so many processes."""
     paths = [str(path) for path in (folder / "images").rglob("*.jpg")]
     parts = [(paths[i::processes], Options("", resize=SHORT)) for i in range(processes)]
-    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-        list(pool.map(_encode_all, [([], parts[0][1])] * processes))  # the processes have started
-        began = time.perf_counter()
-        return sum(pool.map(_encode_all, parts)) / (time.perf_counter() - began)
+
+    def work() -> None:
+        with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+            list(pool.map(_encode_all, parts))
+
+    return _rates(len(paths), work)
 
 
-def conversion_rate(folder: Path, workers: int) -> float:
-    """Images/s that the conversion command reports."""
-    write_shards("rate", f"--resize={SHORT}", f"--workers={workers}", "--overwrite")(folder)
-    summary = json.loads((folder / "rate/dataset.json").read_text())
-    return summary["images"] / summary["seconds"]
+def conversion_rates(folder: Path, workers: int) -> tuple[float, float]:
+    """See :func:`_rates`: the whole conversion, from listing the folder to the index."""
+    count = sum(1 for _ in (folder / "images").rglob("*.jpg"))
+    return _rates(count, lambda: write_shards("rate", SHORT, workers)(folder))
 
 
 def bench(folder: Path, count: int, turns: int) -> dict[str, Any]:
@@ -232,7 +239,7 @@ def bench(folder: Path, count: int, turns: int) -> dict[str, Any]:
         began = time.perf_counter()
         if write is not None:
             write(folder)
-        rows[name]["convert_s"] = time.perf_counter() - began if write else 0.0
+        rows[name]["converted_s"] = count / (time.perf_counter() - began) if write else None
         rows[name]["mb"] = sum(p.stat().st_size for p in (folder / place).rglob("*") if p.is_file()) / 1e6
     torch.set_num_threads(1)
     loaders = {name: way[2](folder) for name, way in ways.items()}
@@ -252,15 +259,17 @@ def bench(folder: Path, count: int, turns: int) -> dict[str, Any]:
         rows[name]["share"] = statistics.median(shares[name]) if name in bare else None
         rows[name]["peak_mb"] = peak_memory(name, folder)
     workers = sorted({1, min(2, os.cpu_count() or 1)})
-    rates = [{w: (conversion_rate(folder, w), codec_rate(folder, w)) for w in workers} for _ in range(turns)]
-    conversion = {w: [statistics.median(rate[w][i] for rate in rates) for i in (0, 1)] for w in workers}
-    return {"loading": rows, "conversion": conversion}
+    rates = [{w: (*conversion_rates(folder, w), *codec_rates(folder, w)) for w in workers} for _ in range(turns)]
+    medians = {w: [statistics.median(rate[w][i] for rate in rates) for i in range(4)] for w in workers}
+    return {"loading": rows, "conversion": medians}
 
 
 def show(figures: dict[str, Any]) -> None:
     """Print the figures as tables."""
     console, rows = Console(width=100), figures["loading"]
-    table = Table("", "images/s", "× reference", "of bare decode", "MB on disk", "peak MB", title="loading, one core")
+    table = Table(
+        "", "images/s", "× reference", "of bare decode", "converted/s", "MB on disk", "peak MB", title="one core"
+    )
     for name, row in rows.items():
         times, share = row["images_s"] / rows[REFERENCE]["images_s"], row["share"]
         table.add_row(
@@ -268,13 +277,21 @@ def show(figures: dict[str, Any]) -> None:
             f"{row['images_s']:,.0f}",
             f"{times:.2f}",
             f"{share:.2f}" if share else "",
+            f"{row['converted_s']:,.0f}" if row["converted_s"] else "",
             f"{row['mb']:.1f}",
             f"{row['peak_mb']:.0f}",
         )
     console.print(table)
-    table = Table("processes", "images/s", "codec alone", "of codec", title=f"conversion with --resize {SHORT}")
-    for workers, (rate, codec) in figures["conversion"].items():
-        table.add_row(str(workers), f"{rate:,.0f}", f"{codec:,.0f}", f"{rate / codec:.2f}")
+    table = Table(
+        *("processes", "images/s", "× one", "a CPU second", "codec's images/s", "× one", "a CPU second", "of codec"),
+        title=f"conversion with --resize {SHORT}; the codec alone: decode, resize, encode",
+    )
+    one = figures["conversion"][1]
+    for workers, (rate, per_cpu, codec, codec_per_cpu) in figures["conversion"].items():
+        scaling, codec_scaling = rate / one[0], codec / one[2]
+        first, second = (f"{rate:,.0f}", f"{scaling:.2f}"), (f"{codec:,.0f}", f"{codec_scaling:.2f}")
+        per = f"{per_cpu / codec_per_cpu:.2f}"
+        table.add_row(str(workers), *first, f"{per_cpu:,.0f}", *second, f"{codec_per_cpu:,.0f}", per)
     console.print(table)
 
 
