@@ -1,13 +1,12 @@
 """The model card, README.md, of an exported autoencoder."""
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from rae.config import Config
-from rae.exports import Exported, includes_encoder
+from rae.exports import Exported, includes_encoder, may_be_on_hub
 from rae.model import RAE
 from rae.registry import check_plugin
 
@@ -98,7 +97,7 @@ def model_card(
         ModelCardData(
             library_name="diffusers" if layout == "diffusers" else "rae",
             tags=["representation-autoencoder", "image-reconstruction"],
-            base_model=encoder_name if _on_hub(encoder_name) else None,
+            base_model=encoder_name if may_be_on_hub(encoder_name) else None,
         ),
         template_str=_TEMPLATE.replace("LOADING", _LOADING[layout]),
         name=about.name,
@@ -107,16 +106,12 @@ def model_card(
         figures=figures,
         metrics=sorted({metric for values in figures.values() for metric in values}),
         training=_training(config) if config else "",
-        encoder_name=kind if included and not _on_hub(encoder_name) else encoder_name,
+        encoder_name=kind if included and not may_be_on_hub(encoder_name) else encoder_name,
         encoder=flow({kind: arguments}),
         included=included,
         stats=rae.latent_mean is not None,
     )
     return f"{str(card).strip()}\n"
-
-
-def _on_hub(name: str) -> bool:
-    return name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/", "~"))
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ frozen encoder is named, by hub id or path, or lies beside them in ``encoder/``.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -82,14 +83,23 @@ def local_folder(name: str, scratch: Path, revision: str | None = None) -> Path:
         return download(name, scratch / "export")
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).exists() or name.count("/") != 1 or Path(name).parent.is_dir() or name.startswith((".", "/", "~")):
+    if not may_be_on_hub(name):
         raise UserError(f"there is no folder {name!r}; give an export's folder, s3://… or a hub id")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(f"there is no folder {name!r}, and the hub has none of that name and revision") from error
     except Exception as error:
-        raise UserError(f"there is no folder {name!r}, and the hub gives none of that name: {reason(error)}") from error
+        raise UserError(f"there is no folder {name!r}, and the hub does not answer, nor has its cache it") from error
+
+
+def may_be_on_hub(name: str) -> bool:
+    """Whether a name has the form of a hub's repository, and is not rather a path that is not there."""
+    form = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".")
+    return bool(form) and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
 def local_file(path: str, scratch: Path) -> Path:
@@ -286,7 +296,9 @@ def new_folder(out: str, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: ``out`` exists, or cannot be written to.
     """
-    out = out.rstrip("/")
+    out = out.rstrip("/") or out[:1]
+    if not out:
+        raise UserError("OUT is empty; give a folder")
     if is_remote(out):
         with TemporaryDirectory(prefix="rae-") as scratch, _uploaded(out, Path(scratch, "out"), overwrite) as folder:
             yield folder

@@ -158,6 +158,8 @@ def _open(source: str, weights: str, overrides: list[str], scratch: Path) -> Sou
         return _open_file(source, weights, overrides, scratch)
     if source.endswith((".yaml", ".yml")):
         return _open_yaml(source, weights, overrides, scratch)
+    if exports.may_be_on_hub(source):
+        return _open_export(source, weights, overrides, scratch)
     names = list_names(source)
     if is_name(name):
         listed = [checkpoint for checkpoint in _listed(parent) if checkpoint.name == name]

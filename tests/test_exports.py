@@ -257,6 +257,7 @@ def test_import_trained_positions(tmp_path):
     assert rae.load(tmp_path / "out").decoder.positions.equal(state["decoder_pos_embed"])
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_sources_of_every_kind(undisturbed, trained, tmp_path):
     expected, checkpoints = recon(trained.rae), undisturbed / "checkpoints"
     sharded = tmp_path / "checkpoints" / "ep2-ba10"
@@ -354,6 +355,9 @@ def faults(undisturbed: Path, root: Path) -> dict[str, tuple[list[str], str]]:
             "holds thesis.txt, which is no part",
         ),
         "a file in the way": (["export", run_dir, str(root / "notes/thesis.txt")], "is a file; give a folder"),
+        "no place": (["export", run_dir, ""], "OUT is empty"),
+        "the root": (["export", run_dir, "/", "--overwrite"], "/ holds "),
+        "no such model": (["export", "nobody/nothing", out], "and the hub"),
         "in the way": (["export", run_dir, str(root / "export")], "--overwrite to replace it"),
         "an override": (["export", run_dir, out, "--set", "model.encodr=1"], "unknown key 'model.encodr'"),
         "no override": (["export", run_dir, out, "--set", "mae"], "must have the form key=value"),
@@ -408,7 +412,8 @@ def faults(undisturbed: Path, root: Path) -> dict[str, tuple[list[str], str]]:
     }
 
 
-def test_wrong_inputs_are_one_line(undisturbed, tmp_path, capsys):
+def test_wrong_inputs_are_one_line(undisturbed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "heads.json").write_text('{"decoder_num_attention_heads": 5}')
     for name, (command, told) in faults(undisturbed, tmp_path).items():
         capsys.readouterr()
