@@ -25,7 +25,7 @@ class _Residual(nn.Module):
         return (self.fn(x) + x) / 2**0.5
 
 
-class _SpectralConv(nn.Module):
+class SpectralConv(nn.Module):
     """A circular convolution over tokens, of a weight divided by its spectral norm (arXiv 1802.05957).
 
     The output is divided instead, which is the same and many times smaller; parameters and buffers are named as
@@ -64,9 +64,9 @@ def _head(channels: int, kernel_size: int, norm: str) -> nn.Sequential:
     """(B, C, N) -> logits (B, 1, N)."""
 
     def block(kernel: int) -> nn.Sequential:
-        return nn.Sequential(_SpectralConv(channels, channels, kernel), _norm(norm, channels), nn.LeakyReLU(0.2))
+        return nn.Sequential(SpectralConv(channels, channels, kernel), _norm(norm, channels), nn.LeakyReLU(0.2))
 
-    return nn.Sequential(block(1), _Residual(block(kernel_size)), _SpectralConv(channels, 1, 1))
+    return nn.Sequential(block(1), _Residual(block(kernel_size)), SpectralConv(channels, 1, 1))
 
 
 class _TokenNorm(nn.Module):

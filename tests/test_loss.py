@@ -9,6 +9,7 @@ from composer.loggers import Logger
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import reached
 from rae.config import Config
+from rae.discriminator import SpectralConv
 from rae.losses import (
     LPIPS,
     FeatureDistance,
@@ -304,3 +305,20 @@ def test_latent_noise_is_uniform_a_sample_and_absent_in_eval(parts):
     assert float(draws.min()) > 0
     assert float(draws.max()) < 0.8 * 1.2
     assert float(draws.mean()) == pytest.approx(0.4, rel=0.06)
+
+
+@pytest.mark.parametrize(("out", "kernel"), [(6, 3), (6, 1), (1, 1)])
+def test_spectral_convolution_is_torchs(out, kernel):
+    """Outputs and gradients of two calls, each with a step of the power iteration; and the same state."""
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv1d(8, out, kernel, padding=kernel // 2, padding_mode="circular")
+    theirs, ours = torch.nn.utils.spectral_norm(convolution, eps=1e-12), SpectralConv(8, out, kernel)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 8, 10)
+    for layer in (theirs, ours):
+        (layer(x) * layer(2 * x)).sum().backward()
+    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert relative_error(b.grad, a.grad) < 1e-5
+    for name, tensor in theirs.state_dict().items():
+        assert relative_error(ours.state_dict()[name], tensor) < 1e-6, name
+    assert relative_error(ours.eval()(x), theirs.eval()(x)) < 1e-5

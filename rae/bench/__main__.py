@@ -85,8 +85,54 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         show("start-up", seconds)
     if "scaling" in arguments.sections:
         found["scaling"] = scaling.scaling(folder)
+        found["projected efficiency"] = {str(n): scaling.projections(n) for n in (64, 16)}
         show_scaling(found["scaling"])
+        show_projections(found["projected efficiency"])
+    found["goals"] = goals(found)
+    show_goals(found["goals"])
     return found
+
+
+def goals(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was aimed at, what was found, and whether it holds, for the sections that ran."""
+    rows: list[tuple[str, float, str, float]] = []
+    for phase, each in found.get("step", {}).get("ratios", {}).items():
+        aim = 1.6 if phase == "+ GAN" else 1.25
+        rows.append((f"textbook / Trainer: {phase}", each["textbook / Trainer"]["median"], "≥", aim))
+        rows.append((f"Trainer / bare loop: {phase}", each["Trainer / bare"]["median"], "≤", 1.03))
+    if "step" in found:
+        worst = max(max(each.values()) for each in found["step"]["deviation"].values())
+        rows.append(("largest deviation of a loss", worst, "≤", 1e-4))
+    for row in found.get("memory", []):
+        name = f"memory / textbook's: batch {row['batch']}, {row['image_size']} px, depth {row['depth']}"
+        rows.append((name, row["ours"] / row["textbook"], "≤", 0.75))
+    if "ema, share of a step" in found.get("costs", {}):
+        rows.append(("EMA, share of a step", found["costs"]["ema, share of a step"], "≤", 0.01))
+    if "startup" in found:
+        rows.append(("train.py --help, seconds", found["startup"]["train.py --help"]["median"], "≤", 3.0))
+    return {
+        name: {"found": value, "goal": f"{sign} {aim:g}", "holds": value >= aim if sign == "≥" else value <= aim}
+        for name, value, sign, aim in rows
+    }
+
+
+def show_goals(found: dict[str, dict[str, Any]]) -> None:
+    """The table of :func:`goals`."""
+    table = Table("", "found", "goal", "holds", title="goals")
+    for name, row in found.items():
+        table.add_row(name, f"{row['found']:.3g}", row["goal"], "yes" if row["holds"] else "no")
+    console.print(table)
+
+
+def show_projections(found: dict[str, dict[str, dict[int, float]]]) -> None:
+    """A table of projected efficiencies; the model is :func:`rae.bench.scaling.projected`'s."""
+    table = Table(
+        "decoder", "images a GPU", "8 GPUs", "64", "512", title="projected efficiency, not measured (DDP, H100)"
+    )
+    for images, sizes in found.items():
+        for size, efficiency in sizes.items():
+            table.add_row(size, images, *(f"{value:.2f}" for value in efficiency.values()))
+    console.print(table)
 
 
 def _processor() -> str:

@@ -49,9 +49,14 @@ def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> Seconds:
     return seconds
 
 
+def ratios_of(seconds: Seconds, name: str, other: str) -> list[float]:
+    """Name's time over other's in the same turn, for every turn."""
+    return [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
+
+
 def ratio(seconds: Seconds, name: str, other: str) -> float:
-    """The median over turns of name's time over other's in the same turn."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+    """The median of :func:`ratios_of`."""
+    return statistics.median(ratios_of(seconds, name, other))
 
 
 def summary(values: list[float]) -> dict[str, float]:

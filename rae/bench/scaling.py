@@ -23,6 +23,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from rae.bench.step import settings
+from rae.decoder import SIZES, Decoder
 from rae.registry import register
 
 LAYOUTS = {"one rank": (1, "ddp"), "two DDP ranks": (2, "ddp"), "two FSDP ranks": (2, "fsdp")}
@@ -104,28 +105,46 @@ NVLINK, NETWORK = 450e9, 50e9
 """Bytes/s a GPU and direction: NVLink 4 within eight GPUs; 400 Gb/s InfiniBand a GPU between them."""
 OVERLAP = 0.5
 """The share of a step behind which gradients can travel: the decoder's backward pass and what follows it."""
+TFLOPS, UTILISATION = 989.0, 0.35
+"""An H100's bf16 peak, and the share of it that a step is assumed to reach; a faster step hides less."""
+FROZEN_GFLOP = 48 + 3 * 40 + 4 * 55 + 2 * 2 * 10
+"""A GAN-phase step's, an image, besides the decoder: DINOv2-B; VGG on two images, and back; the discriminator on three,
+and back; and its heads' weights, for two images."""
+HEADS = 5 * (384 * 384 * 10 + 384 * 7 + 1)
+"""The discriminator's trained parameters."""
 
 
-def projected(
-    parameters: int, gflop_an_image: float, images: int, tflops: float, utilisation: float
-) -> dict[int, float]:
+def projections(images: int = 64) -> dict[str, dict[int, float]]:
+    """Efficiency of the published recipe's GAN phase for each decoder, DDP, on 8, 64 and 512 GPUs."""
+    found = {}
+    for size in SIZES:
+        with torch.device("meta"):
+            decoder = Decoder(768, 256, size=size)
+        parameters = sum(p.numel() for p in decoder.parameters())
+        gflop = FROZEN_GFLOP + 4 * 2e-9 * parameters * 257  # forward, twice backward, and the fresh fake's forward
+        found[size] = projected(parameters, SIZES[size][0], gflop, images)
+    return found
+
+
+def projected(parameters: int, width: int, gflop_an_image: float, images: int) -> dict[int, float]:
     """Efficiency of DDP on 8, 64 and 512 GPUs with fixed work a GPU: compute over compute and exposed communication.
 
-    A ring all-reduce of fp32 gradients sends 2 (N − 1)/N of them from each GPU, at the slowest link's speed; what
-    takes longer than ``OVERLAP`` of the step's compute is exposed.
+    A ring all-reduce of fp32 gradients sends 2 (N − 1)/N of them from each GPU, at the slowest link's speed; of the
+    decoder's, what takes longer than ``OVERLAP`` of the step's compute is exposed. The discriminator's, and the two
+    gradients that the adaptive weight is struck from, are exposed whole. The loader is assumed to keep up.
 
     Args:
-        parameters: trained ones.
+        parameters: the decoder's trained ones.
+        width: the decoder's.
         images: a GPU and step.
-        tflops: the GPU's peak.
-        utilisation: share of the peak that a step reaches.
     """
-    compute = gflop_an_image * 1e9 * images / (tflops * 1e12 * utilisation)
+    compute = gflop_an_image * 1e9 * images / (TFLOPS * 1e12 * UTILISATION)
     efficiency = {}
     for gpus in (8, 64, 512):
-        traffic = 2 * (gpus - 1) / gpus * 4 * parameters
-        communication = traffic / (NVLINK if gpus <= 8 else NETWORK)
-        efficiency[gpus] = compute / (compute + max(0.0, communication - OVERLAP * compute))
+        seconds_a_value = 2 * (gpus - 1) / gpus * 4 / (NVLINK if gpus <= 8 else NETWORK)
+        beyond = max(0.0, parameters * seconds_a_value - OVERLAP * compute)
+        exposed = (HEADS + 2 * 768 * width) * seconds_a_value
+        efficiency[gpus] = compute / (compute + beyond + exposed)
     return efficiency
 
 

@@ -21,10 +21,11 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, Vi
 
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.perceptual import Perceptual
-from rae.bench.measure import Seconds, best_rates, device, peak_memory, ratio, timed, wait
+from rae.bench.measure import Seconds, best_rates, device, peak_memory, ratios_of, summary, timed, wait
 from rae.bench.textbook import Bare, Figures, Parts, Textbook
 from rae.callbacks.begin_step import seed_step
 from rae.config import Config
+from rae.plan.step import ATTENTION_ON_CPU
 from rae.registry import build, register
 from rae.run import build_model, build_trainer, check
 
@@ -66,7 +67,6 @@ def settings(folder: Path, batch: int, phase_steps: int, image_size: int = 256, 
                 "schedule": {"constant_lr": {}},
                 "discriminator_start": f"{phase_steps}ba",
                 "start": f"{2 * phase_steps}ba",
-                "chunk": chunk(),
             },
             "ema": {"decay": 0.9978},
         },
@@ -76,7 +76,7 @@ def settings(folder: Path, batch: int, phase_steps: int, image_size: int = 256, 
 
 
 def chunk() -> int:
-    """Images that go through a loss network at a time: few on a CPU, whose caches are small."""
+    """Images that go through LPIPS's network at a time: few on a CPU, whose caches are small."""
     return 8 if torch.cuda.is_available() else 1
 
 
@@ -195,7 +195,7 @@ def memory(folder: Path, batch: int) -> list[dict[str, Any]]:
 
 def flops(step: Bare | Textbook, data: Tensor, phase: tuple[bool, bool]) -> int:
     """Floating-point operations of a step, matrix products, convolutions and attention."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
     # Its hooks that attribute operations to modules do not bear gradients taken at a leaf.
     counter.mod_tracker = _NoModules()
     with counter:
@@ -260,12 +260,12 @@ def limits(folder: Path, seconds: dict[str, Seconds], batch: int) -> dict[str, A
     }
 
 
-def ratios(beside: Beside) -> dict[str, dict[str, float]]:
-    """Phase -> the textbook's time over the Trainer's, and the Trainer's over the bare loop's."""
+def ratios(beside: Beside) -> dict[str, dict[str, dict[str, float]]]:
+    """Phase -> the textbook's time over the Trainer's, and the Trainer's over the bare loop's, turn by turn."""
     return {
         phase: {
-            "textbook / ours": ratio(seconds, "textbook", "Trainer"),
-            "Trainer / bare": ratio(seconds, "Trainer", "bare"),
+            "textbook / Trainer": summary(ratios_of(seconds, "textbook", "Trainer")),
+            "Trainer / bare": summary(ratios_of(seconds, "Trainer", "bare")),
         }
         for phase, seconds in beside.seconds.items()
     }

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 import lpips
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
 
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.ema import update_ema
 from rae.algorithms.perceptual import Perceptual
+from rae.discriminator import SpectralConv
 from rae.losses import adaptive_weight, gradient_at, last_layer_gradient, value_and_gradient, with_gradient
 from rae.model import RAE, quantize, to_float
+from rae.optimizers import adamw
 
 Figures = dict[str, Tensor]
 DECAY, GAN_WEIGHT = 0.9978, 0.75
+ADAMW = dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Parts:
     d_optimizer: torch.optim.Optimizer
     augment: Callable[[Tensor], Tensor]
     chunk: int | None
+    """Images at a time through the perceptual network."""
+    gan_chunk: int | None
     precision: torch.dtype | None
     """Of autocast; None for fp32."""
 
@@ -42,12 +48,11 @@ class Parts:
             rae,
             network,  # type: ignore[arg-type]
             discriminator,
-            torch.optim.AdamW(rae.decoder.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0),
-            torch.optim.AdamW(
-                [p for p in discriminator.parameters() if p.requires_grad], lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0
-            ),
+            adamw(rae.decoder.parameters()),
+            adamw(discriminator.heads.parameters()),
             adversarial._augmented,
             perceptual.chunk,
+            adversarial.chunk,
             precision,
         )
 
@@ -55,8 +60,10 @@ class Parts:
         """Take over the other's weights and optimizer states, so that one step's losses can be compared."""
         self.rae.decoder.load_state_dict(other.rae.decoder.state_dict())
         self.discriminator.load_state_dict(other.discriminator.state_dict())
-        self.optimizer.load_state_dict(other.optimizer.state_dict())
-        self.d_optimizer.load_state_dict(other.d_optimizer.state_dict())
+        for own, others in ((self.optimizer, other.optimizer), (self.d_optimizer, other.d_optimizer)):
+            fused = own.param_groups[0]["fused"]
+            own.load_state_dict(others.state_dict())
+            own.param_groups[0]["fused"] = fused
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -83,7 +90,8 @@ class Textbook:
 
     The adaptive weight by ``autograd.grad`` at the last layer, twice, and then a whole backward pass; the images
     encoded again for the discriminator's fakes; attention written out; LPIPS as its package has it, in the default
-    layout; an average over all weights, the frozen encoder's among them, tensor by tensor.
+    layout; torch's own spectral norm and its default AdamW; an average over all weights, the frozen encoder's among
+    them, tensor by tensor.
     """
 
     def __init__(self, parts: Parts):
@@ -91,6 +99,10 @@ class Textbook:
         parts.perceptual = published_lpips(parts.perceptual)
         for network in (parts.rae.decoder, parts.rae.encoder.network, parts.discriminator.features.network):
             write_out_attention(network)  # type: ignore[arg-type]
+        for head in parts.discriminator.heads:  # type: ignore[union-attr]
+            use_torchs_spectral_norm(head)
+        parts.optimizer = torch.optim.AdamW(parts.rae.decoder.parameters(), **ADAMW)  # type: ignore[arg-type]
+        parts.d_optimizer = torch.optim.AdamW(parts.discriminator.heads.parameters(), **ADAMW)  # type: ignore
         weights = [*parts.rae.decoder.parameters(), *parts.rae.encoder.network.parameters()]
         self.averaged = [(p.detach().clone(), p) for p in weights]
 
@@ -162,7 +174,7 @@ class Bare:
         fake = recon.detach().requires_grad_()
         augmented = parts.augment(fake)
         parts.discriminator.eval()
-        gan, grad_augmented = value_and_gradient(self._verdict, augmented, chunk=parts.chunk)
+        gan, grad_augmented = value_and_gradient(self._verdict, augmented, chunk=parts.gan_chunk)
         (grad_gan,) = torch.autograd.grad(augmented, fake, grad_augmented)
         std, patch = parts.rae.image_std, parts.rae.decoder.patch_size
         at_last = [last_layer_gradient(g * std, hidden, patch) for g in (grad_rec, grad_gan)]
@@ -194,3 +206,16 @@ def write_out_attention(network: nn.Module) -> None:
             module.fused_attn = False
         if hasattr(module, "config"):
             module.config._attn_implementation = "eager"
+
+
+def use_torchs_spectral_norm(module: nn.Module) -> None:
+    """Replace a head's convolutions by torch's, whose weights are divided, with the same parameters."""
+    for name, child in module.named_children():
+        if isinstance(child, SpectralConv):
+            out, channels, kernel = child.weight_orig.shape
+            conv = nn.Conv1d(channels, out, kernel, padding=kernel // 2, padding_mode="circular")
+            theirs = spectral_norm(conv, eps=child.eps).to(child.weight_orig.device)
+            theirs.load_state_dict(child.state_dict())
+            setattr(module, name, theirs)
+        else:
+            use_torchs_spectral_norm(child)
