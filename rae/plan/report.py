@@ -281,10 +281,12 @@ def _checkpoints(config: Config, clock: Clock, size: int) -> dict[str, Any]:
     if not clock.comparable or Time.from_timestring(interval).unit.value in ("sec", "iter"):
         return found
     every = clock.step_of(interval, "trainer.save_interval")
-    if clock.comparable:
-        found["number"] = -(-clock.steps // every)
-        found["kept"] = found["number"] if keep == -1 else min(keep, found["number"])
-        found["uploaded"] = size * found["number"] if is_remote(folder) else 0
+    if not clock.comparable:
+        return found
+    last = interval.endswith("ep") and clock.steps % every == 0  # otherwise the run's end is one more
+    found["number"] = clock.steps // every + (not last)
+    found["kept"] = found["number"] if keep == -1 else min(keep, found["number"])
+    found["uploaded"] = size * found["number"] if is_remote(folder) else 0
     return found
 
 
