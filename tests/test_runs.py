@@ -19,7 +19,9 @@ def test_what_a_run_leaves_in_its_folder(undisturbed):
     wanted = {f"loss/train/{name}" for name in ("total", "l1", "perceptual", "gan")}
     wanted |= {f"discriminator/{name}" for name in ("loss", "logits_real", "logits_fake", "accuracy")}
     assert wanted | {"gan/adaptive_weight", "lr/decoder", "lr/discriminator"} <= last.keys()
-    assert json.loads((undisturbed / "metrics.json").read_text())["eval"].keys() == {"psnr", "ssim"}
+    assert json.loads((undisturbed / "metrics.json").read_text())["eval"].keys() == {
+        *("psnr", "ssim", "discriminator/logits_real", "discriminator/logits_fake", "discriminator/accuracy"),
+    }
     resolved = OmegaConf.load(undisturbed / "config.yaml")
     assert resolved.data.batch_size == 8
     assert resolved.model.noise_tau == 0.8
