@@ -525,13 +525,13 @@ def _save_final_metrics(config: Config, trainer: Trainer) -> Path:
     return path
 
 
-def train(config: Config) -> Trainer:
-    """Check, build, fit, evaluate; write the final metrics to ``<run_dir>/metrics.json``.
-
 def _number(value: Any) -> float | None:
     """JSON has no NaN or infinity."""
     return float(value) if math.isfinite(value) else None
 
+
+def train(config: Config) -> Trainer:
+    """Check, build, fit, evaluate; write the final metrics to ``<run_dir>/metrics.json``.
 
     Raises:
         UserError: the user's mistake, or a condition that the user can mend.
