@@ -89,21 +89,25 @@ def _memory(plan: dict[str, Any]) -> Table:
 
 
 def _hours(plan: dict[str, Any]) -> Table:
+    """Hours of each phase; images a second where an epoch's length is not known."""
+    known = all(each["hours"] is not None for each in plan["hours"].values())
     phases = [phase["name"] for phase in plan["phases"]]
-    columns = ("GPU", "GB", "TFLOP/s", "fits", *phases, "all", "× GPUs")
-    title = f"hours on {plan['gpus']} GPU{'s' if plan['gpus'] > 1 else ''} at {plan['utilisation']:.0%} of the peak"
+    columns = ("GPU", "GB", "TFLOP/s", "fits", *phases, *(("all", "× GPUs") if known else ()))
+    what = "hours" if known else "images a second"
+    title = f"{what} on {plan['gpus']} GPU{'s' if plan['gpus'] > 1 else ''} at {plan['utilisation']:.0%} of the peak"
     caption = f"fits: with {RESERVE / 1e9:.0f} GB to spare for the GPU's context and libraries; without evaluation"
     table = Table(*columns, title=title, caption=caption)
     _right(table, 1, 3)
     _right(table, 4, len(columns))
+    table.columns[0].no_wrap = True
     for name, each in plan["hours"].items():
         fits = "yes" if each["fits"] else f"[red]no[/]{_instead(each['layouts that fit'])}"
-        if each["hours"] is None:
-            cells = [f"{rate:,.0f} images/s" for rate in each["images a second"].values()] + [UNKNOWN, UNKNOWN]
-        else:
+        if known:
             total = each["total"]
             cells = [f"{hours:,.1f}" for hours in each["hours"].values()]
             cells += [f"{total:,.1f}", f"{total * plan['gpus']:,.0f}"]
+        else:
+            cells = [f"{rate:,.0f}" for rate in each["images a second"].values()]
         table.add_row(name, f"{each['memory']:g}", f"{each['tflops']:,.0f}", fits, *cells)
     return table
 
