@@ -55,8 +55,8 @@ class SpectralConv(nn.Module):
             return self.weight_u, self.weight_v
         v = F.normalize(torch.mv(matrix.T, self.weight_u), dim=0, eps=self.eps)
         u = F.normalize(torch.mv(matrix, v), dim=0, eps=self.eps)
-        self.weight_u.copy_(u)
-        self.weight_v.copy_(v)
+        # Not in place: torch.compile may have kept the old ones for the backward pass.
+        self.weight_u, self.weight_v = u, v
         return u, v
 
 
