@@ -62,7 +62,7 @@ class Parts:
         self.discriminator.load_state_dict(other.discriminator.state_dict())
         for own, others in ((self.optimizer, other.optimizer), (self.d_optimizer, other.d_optimizer)):
             fused = own.param_groups[0]["fused"]
-            own.load_state_dict(others.state_dict())
+            own.load_state_dict(copy.deepcopy(others.state_dict()))  # it would share the moments
             own.param_groups[0]["fused"] = fused
 
     @contextmanager
