@@ -186,7 +186,9 @@ def test_compiled_networks_give_the_same_numbers(steps, run_dir, compiled):
     for ours, theirs in zip(metrics_of(run_dir), metrics_of(compiled[1]), strict=True):
         assert ours.keys() == theirs.keys()
         for name in (name for name in ours if name.startswith(FIGURES) and not name.endswith("accuracy")):  # a count
-            assert theirs[name] == pytest.approx(ours[name], rel=1e-5, abs=1e-6), name
+            # Steps of Adam that follow rounding show in gradients first.
+            rel = 1e-5 if name.startswith("loss/") else 2e-4
+            assert theirs[name] == pytest.approx(ours[name], rel=rel, abs=1e-6), name
 
 
 def test_nothing_is_compiled_again_once_every_phase_has_begun(compiled):
