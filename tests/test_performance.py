@@ -186,8 +186,8 @@ def test_compiled_networks_give_the_same_numbers(steps, run_dir, compiled):
     for ours, theirs in zip(metrics_of(run_dir), metrics_of(compiled[1]), strict=True):
         assert ours.keys() == theirs.keys()
         for name in (name for name in ours if name.startswith(FIGURES) and not name.endswith("accuracy")):  # a count
-            # Steps of Adam that follow rounding show in gradients first.
-            rel = 1e-5 if name.startswith("loss/") else 2e-4
+            # Steps of Adam that follow rounding show in gradients first, once the GAN makes them visible.
+            rel = 1e-5 if name.startswith("loss/") else 2e-3
             assert theirs[name] == pytest.approx(ours[name], rel=rel, abs=1e-6), name
 
 
