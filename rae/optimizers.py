@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ def adamw(
     """
     params = list(params)
     fused = _has_fused(params) if fused is None else fused
-    return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
+    return _as_built(torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused))
 
 
 @register("optimizer", "adam", context=("params",))
@@ -41,7 +42,18 @@ def adam(
     """Adam (Kingma & Ba, arXiv 1412.6980); ``fused`` as for :func:`adamw`."""
     params = list(params)
     fused = _has_fused(params) if fused is None else fused
-    return torch.optim.Adam(params, lr=lr, betas=betas, eps=eps, fused=fused)
+    return _as_built(torch.optim.Adam(params, lr=lr, betas=betas, eps=eps, fused=fused))
+
+
+def _as_built(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Keep it fused, or not, when it loads the state of one that was otherwise, as earlier checkpoints hold."""
+
+    def adapted(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(adapted)
+    return optimizer
 
 
 def _has_fused(params: list[torch.nn.Parameter]) -> bool:

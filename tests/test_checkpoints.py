@@ -10,11 +10,12 @@ import pytest
 import torch
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
+from rae.algorithms.adversarial import Adversarial
 from rae.checkpoints import list_checkpoints, rotate, seal
 from rae.registry import UserError
 from rae.resume import given, newest
 from rae.storage import RemoteFolder, reason
-from tests.conftest import assert_same_state, load_newest, resumable, run, train_here, write_yaml
+from tests.conftest import assert_same_state, load_newest, resumable, run, tiny_settings, train_here, write_yaml
 
 OLD, NEW = "ep0-ba4", "ep1-ba6"
 
@@ -268,6 +269,20 @@ def test_another_runs_weights_begin_a_run(shards, undisturbed, tmp_path):
     assert begun["timestamp"]["Timestamp"]["batch"] == 1
     for name, weight in source["model"].items():
         assert torch.equal(begun["model"][name], weight), name
+
+
+def test_a_checkpoint_of_optimizers_that_were_not_fused_goes_on_fused(shards, tmp_path):
+    settings = tiny_settings(shards, tmp_path / "run")
+    unfused = {"adamw": {"lr": 1e-3, "fused": False}}
+    before = {**settings, "optimizer": unfused, "trainer": {**settings["trainer"], "max_duration": "1ep"}}
+    before["algorithms"] = {**settings["algorithms"]}
+    before["algorithms"]["adversarial"] = {**settings["algorithms"]["adversarial"], "optimizer": unfused}
+    train_here(before)
+    trainer = train_here(settings)
+    adversarial = next(a for a in trainer.state.algorithms if isinstance(a, Adversarial))
+    for optimizer in (trainer.state.optimizers[0], adversarial.optimizer):
+        assert optimizer.param_groups[0]["fused"] and optimizer.param_groups[0]["lr"] < 1e-3
+        assert max(int(state["step"]) for state in optimizer.state.values()) in (8, 10)  # of both starts together
 
 
 def test_a_changed_configuration_is_told(shards, undisturbed, tmp_path, caplog):
