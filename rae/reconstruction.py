@@ -44,7 +44,9 @@ SCALE = 64
 HIGHER_IS_BETTER = ("psnr", "ssim")
 """Of all other figures, less is better."""
 ORIGINALS, RECONSTRUCTIONS, COMPARISONS = "originals", "reconstructions", "comparisons"
-FIGURES = "figures.json"
+FIGURES, TABLE, PAGE = "figures.json", "figures.csv", "index.html"
+OURS = {FIGURES, TABLE, PAGE, ORIGINALS, RECONSTRUCTIONS, COMPARISONS}
+"""What a folder of them holds; names of noised ones go on with ``_tau…``."""
 PERCEPTUAL = ("lpips", "feature_distance")
 _SHOWN_AT = 192
 """Panels of a comparison are enlarged by a whole factor to at least this many pixels."""
@@ -351,7 +353,7 @@ def write_figures(out: Path, records: Sequence[Record], about: dict[str, Any]) -
 
     A PSNR of two equal images is infinite: ``inf`` in the CSV, null in JSON, which has no word for it.
     """
-    with open(out / "figures.csv", "w", newline="", encoding="utf-8") as file:
+    with open(out / TABLE, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["name", "file", *records[0].figures])
         rows.writerows([record.name, record.file, *record.figures.values()] for record in records)
@@ -382,17 +384,19 @@ def whole_folder(out: str, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: ``out`` exists and is not to be replaced, or cannot be written.
     """
-    path = Path(out)
     if is_remote(out):
         raise UserError(f"--out {out}: pictures go to a local folder; copy it to the bucket when it is whole")
+    path = Path(out).resolve()
     if path.is_dir() and any(path.iterdir()):
         if not (path / FIGURES).is_file():
             raise UserError(f"--out {out} exists and holds no reconstructions; give another place")
+        if foreign := sorted(each.name for each in path.iterdir() if each.name.partition("_tau")[0] not in OURS):
+            raise UserError(f"--out {out} holds {foreign[0]}, which is no part of reconstructions; give another place")
         if not overwrite:
             raise UserError(f"--out {out} already exists; give another place, or --overwrite to replace it")
     elif path.exists() and not path.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
-    partial = path.absolute().with_name(f".{path.absolute().name}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from rae.gallery import write_gallery
     from rae.images import open_images
-    from rae.reconstruction import Reconstruction, build_figures, whole_folder, write_figures
+    from rae.reconstruction import PAGE, Reconstruction, build_figures, whole_folder, write_figures
     from rae.sources import open_source, pick_device
 
     _check(arguments)
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         _tell_left_out(work.left_out, len(images))
         about = _about(source, arguments, len(work.records), size)
         write_figures(folder, work.records, {"about": about, "left_out": work.left_out})
-        page, title = folder / "index.html", f"Reconstructions by {source.name}"
+        page, title = folder / PAGE, f"Reconstructions by {source.name}"
         shown = write_gallery(page, work.records, title, about, work.taus, arguments.gallery)
     _report(arguments.out, work.records, shown)
 
@@ -146,7 +146,7 @@ def _report(out: str, records: "list[Record]", shown: int) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from rae.reconstruction import summarize, text_of
+    from rae.reconstruction import PAGE, summarize, text_of
 
     table = Table()
     for heading in ("", "mean", "median", "worst", "worst image"):
@@ -156,7 +156,7 @@ def _report(out: str, records: "list[Record]", shown: int) -> None:
         values = (total.mean, total.median, worst.figures[name])
         table.add_row(name, *(text_of(name, value) for value in values), escape(worst.name))
     Console().print(table)
-    page = Path(out, "index.html")
+    page = Path(out, PAGE)
     print(f"{len(records):,} images in {out}; {shown:,} of them on {page} ({page.stat().st_size / 1e6:,.1f} MB)")
     if shown < len(records):
         print(f"the page is kept to {shown:,} images, the worst and an even spread; --gallery N shows more")
