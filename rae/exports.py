@@ -6,7 +6,6 @@ frozen encoder is named, by hub id or path, or lies beside them in ``encoder/``.
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -303,9 +302,11 @@ def new_folder(out: str, overwrite: bool = False) -> Iterator[Path]:
         with TemporaryDirectory(prefix="rae-") as scratch, _uploaded(out, Path(scratch, "out"), overwrite) as folder:
             yield folder
         return
-    place = Path(out)
+    place = Path(out).resolve()
     if place.exists() and not place.is_dir():
         raise UserError(f"{out} is a file; give a folder")
+    if place == Path.cwd():
+        raise UserError(f"{out} is the folder that you are in, which cannot be replaced; give another")
     _check_replaceable(out, {path.name for path in place.iterdir()} if place.exists() else set(), overwrite)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -313,7 +314,8 @@ def new_folder(out: str, overwrite: bool = False) -> Iterator[Path]:
             folder = Path(scratch, "out")
             folder.mkdir()
             yield folder
-            shutil.rmtree(place, ignore_errors=True)
+            if place.exists():
+                place.rename(Path(scratch, "before"))
             folder.rename(place)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from error

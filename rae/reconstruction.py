@@ -387,6 +387,8 @@ def whole_folder(out: str, overwrite: bool = False) -> Iterator[Path]:
     if is_remote(out):
         raise UserError(f"--out {out}: pictures go to a local folder; copy it to the bucket when it is whole")
     path = Path(out).resolve()
+    if path == Path.cwd():
+        raise UserError(f"--out {out} is the folder that you are in, which cannot be replaced; give another")
     if path.is_dir() and any(path.iterdir()):
         if not (path / FIGURES).is_file():
             raise UserError(f"--out {out} exists and holds no reconstructions; give another place")

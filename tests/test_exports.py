@@ -17,6 +17,7 @@ from rae.checkpoints import CONFIG, METRICS, STATE, in_form, seal
 from rae.config import Model
 from rae.decoder import Decoder
 from rae.encoders.dinov2 import DINOv2
+from rae.exports import new_folder
 from rae.handover import export, import_from
 from rae.model import RAE
 from rae.registry import UserError, build
@@ -190,6 +191,22 @@ def test_export_and_load(undisturbed, trained, tmp_path, capsys):
     assert all(torch.equal(tensor, live[f"rae.{name}"]) for name, tensor in loaded.state_dict().items())
     assert not recon(loaded).equal(recon(trained.rae))
     assert "None are known" in (tmp_path / "out/README.md").read_text()  # the run evaluated the average
+
+
+def test_an_export_takes_its_place_wherever_that_is(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/model.pt").touch()
+    (tmp_path / "link").symlink_to("real")
+    for out, overwrite in ((f"{tmp_path}/link", True), (f"{tmp_path}/real/../new", False)):
+        with new_folder(out, overwrite) as folder:
+            (folder / "config.json").write_text(out)
+        assert Path(out, "config.json").read_text() == out
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "real/model.pt").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link", "new"}
+    monkeypatch.chdir(tmp_path / "real")
+    with pytest.raises(UserError, match="is the folder that you are in"), new_folder(".", True):
+        pass
+    assert (tmp_path / "real/config.json").is_file()
 
 
 def test_self_contained_exports(tmp_path):

@@ -217,19 +217,17 @@ def test_mistakes(undisturbed, shards, out, tmp_path, capsys, words, told):
     assert not list(tmp_path.iterdir()) and (shards / "images-eval/a/000.png").is_file()
 
 
-def test_only_reconstructions_are_replaced(undisturbed, shards, tmp_path, capsys, monkeypatch):
-    # Of evaluate's figures.json, in a folder with other things.
-    (tmp_path / "figures.json").write_text("{}")
-    (tmp_path / "thesis.txt").write_text("mine")
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize(("out", "told"), [(".", "is the folder that you are in"), ("../place", "holds thesis.txt")])
+def test_only_reconstructions_are_replaced(undisturbed, shards, tmp_path, capsys, monkeypatch, out, told):
+    (tmp_path / "place").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "place/figures.json").write_text("{}")  # evaluate's, in a folder with other things
+    (tmp_path / "place/thesis.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / ("place" if out == "." else "elsewhere"))
     with pytest.raises(SystemExit):
-        reconstruct(undisturbed, shards / "images-eval/a/000.png", "--out=.", "--overwrite")
-    assert "--out . holds thesis.txt, which is no part of reconstructions" in capsys.readouterr().err
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    reconstruct(undisturbed, shards / "images-eval/a/000.png", f"--out={tmp_path}/empty/../empty/.")
-    assert (tmp_path / "empty/index.html").is_file()
+        reconstruct(undisturbed, shards / "images-eval/a/000.png", f"--out={out}", "--overwrite")
+    assert told in capsys.readouterr().err
+    assert (tmp_path / "place/thesis.txt").read_text() == "mine"
 
 
 def test_weights_that_give_no_numbers(source, shards, tmp_path):
