@@ -4,14 +4,18 @@ PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
+# make test-long: the tests that take a minute or more each.
 # make soak: kill runs at many moments and compare their ends.
 # make bench: what the weight average and checkpoints cost.
-.PHONY: test soak bench bench-data demo env clean
+.PHONY: test test-long soak bench bench-data demo env clean
 
 test: env
 	@ruff check --quiet . && ruff format --quiet --check .
 	@mypy --no-error-summary
 	@python -m pytest
+
+test-long: env
+	@python -m pytest -n 0 -m long
 
 soak: env
 	@python -m tests.soak

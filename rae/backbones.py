@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"cannot read weights from {path}: it is damaged, or holds Python objects, which could run code"
+        ) from error
     except Exception as error:
-        raise UserError(f"cannot read weights from {path}: {str(error).strip().splitlines()[0]}") from error
+        fault = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"cannot read weights from {path}: {fault}") from error
     if not isinstance(state, dict):
         raise UserError(f"cannot read weights from {path}: it holds a {type(state).__name__}, not named tensors")
     for key in ("state_dict", "model"):

@@ -6,7 +6,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from rae.config import Config
-from rae.exports import Exported, includes_encoder, may_be_on_hub
+from rae.exports import Exported, figure_text, includes_encoder, may_be_on_hub
 from rae.model import RAE
 from rae.registry import check_plugin
 
@@ -92,7 +92,11 @@ def model_card(
     ((kind, arguments),) = check_plugin("encoder", about.model.encoder, "model.encoder").items()
     encoder_name = str(arguments.get("pretrained") or arguments.get("model") or kind)
     included = includes_encoder(about.model) if includes is None else includes
-    figures = {label: _rounded(values) for label, values in about.figures.items() if isinstance(values, dict)}
+    figures = {
+        label: {metric: figure_text(value) for metric, value in values.items()}
+        for label, values in about.figures.items()
+        if isinstance(values, dict)
+    }
     card = ModelCard.from_template(
         ModelCardData(
             library_name="diffusers" if layout == "diffusers" else "rae",
@@ -112,10 +116,6 @@ def model_card(
         stats=rae.latent_mean is not None,
     )
     return f"{str(card).strip()}\n"
-
-
-def _rounded(values: dict[str, Any]) -> dict[str, str]:
-    return {metric: f"{value:.4g}" if isinstance(value, float) else str(value) for metric, value in values.items()}
 
 
 def _facts(rae: RAE, about: Exported, included: bool) -> dict[str, str]:

@@ -27,7 +27,7 @@ def plot(run_dir: str) -> Path:
     """Draw every panel that the run has figures for into ``<run_dir>/curves.png``.
 
     Raises:
-        UserError: the folder holds no ``metrics.jsonl``, or matplotlib is not installed.
+        UserError: the folder holds no figures, or cannot be written, or matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -37,8 +37,6 @@ def plot(run_dir: str) -> Path:
     if not path.is_file():
         raise UserError(f"{run_dir}: there is no metrics.jsonl; turn it on with loggers: {{jsonl: {{}}}}")
     records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    if not records:
-        raise UserError(f"{path}: there are no figures yet")
     series = {
         name: [(r["batch"], r[name]) for r in records if r.get(name) is not None]
         for names in PANELS.values()
@@ -46,6 +44,8 @@ def plot(run_dir: str) -> Path:
     }
     panels = {title: [n for n in names if series[n]] for title, names in PANELS.items()}
     panels = {title: names for title, names in panels.items() if names}
+    if not panels:
+        raise UserError(f"{path}: there are no figures yet")
     rows = (len(panels) + 2) // 3
     figure = Figure(figsize=(13, 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, 3, squeeze=False).flatten()
@@ -62,7 +62,10 @@ def plot(run_dir: str) -> Path:
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     out = Path(run_dir) / "curves.png"
-    figure.savefig(out, dpi=90)
+    try:
+        figure.savefig(out, dpi=90)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     return out
 
 

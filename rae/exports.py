@@ -271,6 +271,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def figure_text(value: Any) -> str:
+    """A figure for reading; JSON has null where it is not finite."""
+    return f"{value:.4g}" if isinstance(value, int | float) else "not finite" if value is None else str(value)
+
+
 def decoder_sizes(decoder: Decoder) -> DecoderSizes:
     """The explicit sizes of a decoder."""
     first: Any = decoder.blocks[0]

@@ -117,6 +117,8 @@ def _run(path: str, names: set[str], local: Path, verify: bool, scratch: Path) -
         form = "sharded" if SHARDED in checkpoint.files else "one file"
         state = f"damaged: {fault}" if fault else f"complete, {form}"
         rows.append((checkpoint.name, f"{epoch:,}", f"{batch:,}", f"{size:,}", state if checkpoint.parts else fault))
+        if fault and checkpoint.parts:
+            report.faults.append(f"{checkpoint.name}: {fault}")
     report.tables["checkpoints"] = rows
     if METRICS in names:
         _add_figures(report, local / METRICS, f"{path}/{METRICS}")
@@ -179,7 +181,10 @@ def _checkpoint(folder: str, checkpoint: Listed, verify: bool, scratch: Path) ->
         except DamagedError as error:
             report.faults.append(str(error))
     elif not is_remote(folder):
-        report.tables["contents"] = _contents(_load(local / STATE, where)["state"])
+        try:
+            report.tables["contents"] = _contents(_load(local / STATE, where)["state"])
+        except UserError as error:
+            report.faults.append(str(error))
     return report
 
 
@@ -508,7 +513,10 @@ def _add_figures(report: Report, file: Path, where: str) -> None:
 
 def _add_label_figures(report: Report, figures: Mapping[str, Any], title: str = "figures") -> None:
     rows: list[Row] = [
-        (label, *(f"{name} {value:.4g}" for name, value in values.items()))
+        (
+            label,
+            "\n".join(f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in values.items()),
+        )
         for label, values in figures.items()
         if isinstance(values, dict)
     ]

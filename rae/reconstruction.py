@@ -436,7 +436,7 @@ def build_figures(
     except UserError as error:
         if lpips_weights:
             raise
-        fault = str(error)
+        fault = str(error).rstrip(":")
     substitute, options = OFFLINE["lpips"]
     try:
         built = _built(always | {substitute: options}, device)

@@ -357,6 +357,8 @@ def faults(undisturbed: Path, root: Path) -> dict[str, tuple[list[str], str]]:
     (root / "code").mkdir()
     torch.save({"state": {"model": {}, "rng": DINOv2}}, root / "code/x.pt")
     (root / "empty").mkdir()
+    (root / "empty.pt").touch()
+    torch.save({"mean": DINOv2}, root / "code.pt")
     mae, lite0 = OmegaConf.to_yaml(TINY["mae"]), "{timm: {model: tf_efficientnet_lite0, weights: random, levels: [1]}}"
     diffusers = ["--format", "diffusers"]
     return {
@@ -390,6 +392,8 @@ def faults(undisturbed: Path, root: Path) -> dict[str, tuple[list[str], str]]:
             ["export", run_dir, out, "--stats", str(GOLDEN / "decoder-tiny/model.pt")],
             "'mean' must have shape (32, 4, 4), but is missing",
         ),
+        "an empty file": (["export", run_dir, out, "--stats", str(root / "empty.pt")], "empty.pt: EOFError"),
+        "code in statistics": (["export", run_dir, out, "--stats", str(root / "code.pt")], "which could run code"),
         "no statistics": (["export", run_dir, out, "--stats", "none.pt"], "there is no file 'none.pt'"),
         "an encoder twice": (
             ["export", run_dir, out, *diffusers, "--with-encoder"],

@@ -99,6 +99,7 @@ def test_checkpoints(shards, undisturbed, disk, tmp_path):
     size = sum(path.stat().st_size for path in (undisturbed / "checkpoints/ep0-ba2").iterdir())
     small = disk(f"{int(1.5 * size) // 1024}k")
     settings = resumable(shards, tmp_path / "run")
+    settings["data"]["workers"] = 0  # in this process, workers of the first start would hold the run's lock on
     settings["trainer"]["save_folder"] = str(small.path / "checkpoints")
     with pytest.raises(UserError, match=r"ep0-ba4 could not be written to .* No space left on device; ep0-ba2 is"):
         train_here(settings)

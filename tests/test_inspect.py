@@ -38,12 +38,19 @@ def test_a_run_and_what_is_wrong_in_it(undisturbed, tmp_path):
     assert rows["ep0-ba4"][-1] == "incomplete: its writing was cut short"
     assert rows["ep0-ba2"][-1] == "damaged: state.pt is missing"
     assert rows["ep1-ba6"][-1] == "complete, one file"  # its size is right: the hash tells
+    assert [fault.partition(":")[0] for fault in report.faults] == ["ep1-ba8", "ep0-ba2"]
     assert "damaged: state.pt is damaged" in cells(inspect(str(checkpoints), verify=True), "checkpoints")["ep1-ba6"][-1]
     whole = inspect(str(undisturbed))
     assert whole.kind == "a run" and not whole.faults
     assert cells(whole, "configuration")["algorithms"] == ("perceptual, adversarial, ema",)
     psnr = json.loads((undisturbed / "metrics.json").read_text())["eval"]["psnr"]
-    assert f"psnr {psnr:.4g}" in cells(whole, "figures after 10 steps")["eval"]
+    assert f"psnr {psnr:.4g}" in cells(whole, "figures after 10 steps")["eval"][0].splitlines()
+
+
+def test_figures_without_a_number(undisturbed, tmp_path):
+    shutil.copy(undisturbed / CONFIG, tmp_path)
+    (tmp_path / "metrics.json").write_text('{"batch": 10, "eval": {"psnr": null, "ssim": 0.5}}')
+    assert cells(inspect(str(tmp_path)), "figures after 10 steps")["eval"] == ("psnr not finite\nssim 0.5",)
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")

@@ -113,6 +113,7 @@ print("grown", grown)
 """
 
 
+@pytest.mark.long
 def test_resident_memory(shards, tmp_path):
     """In a process of its own, whose heap no other test has left holes in."""
     settings = everything_on(shards, tmp_path, embed_dim=192, depth=12, mlp_dim=768)

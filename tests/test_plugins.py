@@ -187,21 +187,6 @@ def psnr_now(trainer) -> float:
     return float(metric.compute())
 
 
-def test_the_readmes_plugin_runs(settings, tmp_path):
-    """The example in the README, as it stands there."""
-    from tests.conftest import ROOT
-
-    readme = (ROOT / "README.md").read_text()
-    code = readme.split("```python\n# my_loss.py\n")[1].split("```")[0]
-    (tmp_path / "my_loss.py").write_text(code)
-    entry = readme.split("```yaml\n# in your YAML\n")[1].split("```")[0]
-    extra = OmegaConf.to_container(OmegaConf.create(entry))
-    settings["imports"] = [str(tmp_path / name) for name in extra["imports"]]
-    settings["algorithms"] |= extra["algorithms"]
-    name = next(iter(extra["algorithms"]))
-    assert f"loss/train/{name}" in run_of(settings)[-1]
-
-
 def test_registering_a_taken_name_or_kind_is_refused():
     with pytest.raises(ValueError, match="already registered"):
         registry.register("algorithm", "ema")(test_registering_a_taken_name_or_kind_is_refused)

@@ -83,5 +83,6 @@ def test_two_ranks_match_one(ranks, parallel):
         for name in a:
             # Rounding fakes to 8 bits and signs of logits turn differences of 1e-8 into larger ones, after a while.
             early = a["batch"] <= 4 and name != "discriminator/accuracy"
-            rel, absolute = (1e-4, 1e-5) if early else (2e-3, 1e-4)  # mean logits pass through 0
+            late = 2e-2 if name.startswith("gradient/") else 2e-3  # gradients feel them first, and most
+            rel, absolute = (1e-4, 1e-5) if early else (late, 1e-4)  # mean logits pass through 0
             assert b[name] == pytest.approx(a[name], rel=rel, abs=absolute), (a["batch"], name)

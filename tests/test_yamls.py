@@ -62,6 +62,8 @@ def test_trains_two_batches(name, shards, tmp_path, backbones, monkeypatch):
     if name == "rae_dino":
         monkeypatch.setenv("RAE_BUCKET", "s3://bucket")
     config = load_config(f"yamls/{name}.yaml", overrides(name, shards, tmp_path / "run", backbones))
+    if name != "rae_dino":  # once: moments of 2048 features take long on a CPU
+        config.metrics.pop("rfid", None)
     trainer = train(config)
     assert int(trainer.state.timestamp.batch) == 2
     first, second = [r for r in metrics_of(tmp_path / "run") if "loss/train/total" in r]

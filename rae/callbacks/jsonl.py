@@ -46,7 +46,9 @@ class JSONLines(LoggerDestination):
                         self.kept.append(record)
                 except (ValueError, KeyError):  # the line that a killed run left unfinished
                     continue
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in self.kept))
+        part = self.path.with_name(f".{self.path.name}")
+        part.write_text("".join(json.dumps(record) + "\n" for record in self.kept))
+        part.replace(self.path)  # a kill in between loses nothing
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._flush(state)
