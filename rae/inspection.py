@@ -513,10 +513,7 @@ def _add_figures(report: Report, file: Path, where: str) -> None:
 
 def _add_label_figures(report: Report, figures: Mapping[str, Any], title: str = "figures") -> None:
     rows: list[Row] = [
-        (
-            label,
-            "\n".join(f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in values.items()),
-        )
+        (label, "\n".join(f"{name} {exports.figure_text(value)}" for name, value in values.items()))
         for label, values in figures.items()
         if isinstance(values, dict)
     ]
