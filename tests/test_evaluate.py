@@ -1,6 +1,7 @@
 """Evaluation in training and by the commands: noised latents, several sources, statistics, what users get wrong."""
 
 import json
+import shutil
 from urllib.error import URLError
 
 import pytest
@@ -153,11 +154,14 @@ def test_stats_are_exact_whatever_the_batches_and_go_to_a_bucket(trained, shards
         assert stored.keys() == {"mean", "var"}
         assert (stored["mean"] - latent.mean(0)).abs().max() < 1e-6
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["stat.pt"]
+    main(["stats", str(trained), str(tmp_path / "new/stat.pt"), "--limit", "3"])  # a file of its own is replaced
+    shutil.copy(next((trained / "checkpoints").glob("*/state.pt")), tmp_path)
     for words, told in (
         (["out.txt"], "must end in .pt"),
         ([f"{tmp_path}/x.pt", "--limit", "0"], "--limit must be at least 1"),
         (["s3x://bucket/x.pt"], "no known kind of storage"),
         ([f"{tmp_path}/new/stat.pt/x.pt"], "cannot write"),
+        ([f"{tmp_path}/state.pt"], "exists and holds no latent statistics"),
     ):
         with pytest.raises(SystemExit):
             main(["stats", yaml, *words])

@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_counts(arguments, "limit", "batch_size")
     if not arguments.out.endswith((".pt", ".pth")):
         raise UserError(f"OUT {arguments.out!r} must end in .pt, which tells what it holds")
+    _check_replaceable(arguments.out)
     device = pick_device(arguments.device)
     join_ranks()
     encoder, image_size, config = open_encoder(arguments.source, arguments.overrides)
@@ -55,3 +56,21 @@ def run(arguments: argparse.Namespace) -> None:
         torch.save(statistics, path)
     shape = " × ".join(map(str, statistics["mean"].shape))
     print(f"{arguments.out}: mean and variance of the {shape} latents of {count:,} images")
+
+
+def _check_replaceable(out: str) -> None:
+    """Raise UserError for a local file that holds something else: checkpoints and decoders end in .pt too."""
+    import os
+    from pathlib import Path
+
+    from rae.backbones import read_state_dict
+    from rae.registry import UserError
+
+    if not os.path.isfile(out):
+        return
+    try:
+        replaceable = read_state_dict(Path(out)).keys() == {"mean", "var"}
+    except UserError:
+        replaceable = False
+    if not replaceable:
+        raise UserError(f"OUT {out!r} exists and holds no latent statistics; give another file")
