@@ -188,12 +188,14 @@ def list_names(folder: str) -> set[str]:
     """
     try:
         names = RemoteFolder(folder).list() if is_remote(folder) else os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError) as error:
         names = []
         if not is_remote(folder):
-            raise UserError(
-                f"there is no folder {folder!r}; give a run's folder, a checkpoint, a YAML or an export"
-            ) from None
+            missing = isinstance(error, FileNotFoundError)
+            what = f"there is no folder {folder!r}" if missing else f"{folder!r} is a file of no known kind"
+            raise UserError(f"{what}; give a run's folder, a checkpoint, a YAML or an export") from None
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"cannot read {folder}: {reason(error)}") from error
     if is_remote(folder) and not names:

@@ -4,14 +4,17 @@ import json
 import logging
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from rae import registry
+from rae.__main__ import main
 from rae.callbacks.guard import Guard, can_skip_by_itself
 from rae.callbacks.histograms import spread_out, summary
+from rae.callbacks.jsonl import JSONLines
 from rae.callbacks.progress import Mean, Part, time_left
 from rae.callbacks.referee import Referee
 from rae.checkpoints import fetch, in_form, list_checkpoints, without_code
@@ -383,3 +386,29 @@ def test_mistakes_are_named(settings, wrong):
     settings["callbacks"] = OmegaConf.to_container(OmegaConf.create(wrong))
     with pytest.raises(UserError, match=MISTAKES[wrong]):
         train_here(settings)
+
+
+def test_figures_outlive_a_kill_while_a_start_reads_them(tmp_path, monkeypatch):
+    lines = "".join(f'{{"batch": {batch}, "loss/train/l1": 0.5}}\n' for batch in (1, 2, 3))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    logger, state = JSONLines(str(tmp_path)), SimpleNamespace(timestamp=SimpleNamespace(batch=2))
+    write = Path.write_text
+
+    def killed(path, text):
+        write(path, text[:10])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        logger.fit_start(state, None)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    monkeypatch.undo()
+    JSONLines(str(tmp_path)).fit_start(state, None)
+    assert [record["batch"] for record in metrics_of(tmp_path)] == [1, 2]
+
+
+def test_curves_of_nothing_are_one_line(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"batch": 1, "time/total": 2.0}\n')
+    with pytest.raises(SystemExit) as end:
+        main(["curves", str(tmp_path)])
+    assert end.value.code == 2 and "there are no figures yet" in capsys.readouterr().err

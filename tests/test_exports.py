@@ -364,7 +364,8 @@ def faults(undisturbed: Path, root: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "no source": (["export", str(root / "none"), out], "there is no folder"),
         "an empty folder": (["export", str(root / "empty"), out], "no autoencoder: the folder holds nothing"),
-        "a file": (["export", str(root / "notes/thesis.txt"), out], "there is no folder"),
+        "a file": (["export", str(root / "notes/thesis.txt"), out], "is a file of no known kind"),
+        "a store": (["export", "foo://bucket/run", out], "error: foo://bucket/run: foo:// is no known kind of storage"),
         "another folder": (["export", str(root / "notes"), out], "the folder holds thesis.txt; give a run's folder"),
         "a published decoder": (["export", decoder, out], "make an export of it with `python -m rae import`"),
         "statistics": (["export", str(GOLDEN / "stat.pt"), out], "latent statistics, not an autoencoder"),
