@@ -268,6 +268,8 @@ class FrechetDistance(FrechetInceptionDistance):
                 self.reference.keep(real)
             else:
                 real = {name: tensor.to(fake["sum"].device) for name, tensor in self.reference.moments.items()}
+            if not real["count"] and fake["count"] > 1:  # the metric that saw the originals could not keep them
+                return fake["sum"].new_tensor(torch.nan)
         if min(int(real["count"]), int(fake["count"])) < 2:
             raise UserError("a Fréchet distance needs two images at least; evaluate on more, or leave the metric out")
         return frechet_distance(*_gaussian(real), *_gaussian(fake))

@@ -234,6 +234,13 @@ def test_the_originals_are_seen_once_and_known_again_by_their_hash(pair, tmp_pat
         metric.update(recon, image)
     assert float(first.compute()) == float(second.compute()) == pytest.approx(value)
     assert network.seen == 36
+    # What is not finite is a figure, and no mistake of the user's.
+    first = FrechetDistance(network, 48, "counting")
+    first.refer("a fifth", 12, {})
+    second = copy.deepcopy(first)
+    for metric in (first, second):
+        metric.update(recon, image * torch.nan)
+    assert first.compute().isnan() and second.compute().isnan()
 
 
 def test_the_verdict_asks_the_discriminator_once_and_follows_its_training(pair):
