@@ -32,6 +32,9 @@ class SpectralConv(nn.Module):
     torch.nn.utils.spectral_norm names them. In train mode each call takes a step of the power iteration.
     """
 
+    weight_u: Tensor
+    weight_v: Tensor
+
     def __init__(self, channels: int, out: int, kernel_size: int, eps: float = 1e-12):
         super().__init__()
         conv = nn.Conv1d(channels, out, kernel_size)
