@@ -61,6 +61,7 @@ class CountCommunication(Callback):
 
     def _bucket(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self.bytes["DDP's all_reduce"] += bucket.buffer().nbytes
+        self.bytes["all_reduce"] -= bucket.buffer().nbytes  # the hook's own is counted there, too
         return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
     def batch_start(self, state: State, logger: Logger) -> None:
