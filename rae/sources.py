@@ -289,7 +289,9 @@ def _open_checkpoint(local: Path, source: str, weights: str, overrides: list[str
     opened = _restore(_read_state(local, source, scratch), config, source, weights)
     batch, epoch = age(local.name)
     opened.name, opened.trained = f"{config.run_name}-{local.name}", {"epoch": epoch, "batch": batch}
-    figures = _figures([local / METRICS, Path(config.run_dir, METRICS)], batch)
+    # Another run may have this run_dir on this disk, and come to the same step: only what lies in it is of it.
+    beside = [Path(config.run_dir, METRICS)] if local.resolve().is_relative_to(Path(config.run_dir).resolve()) else []
+    figures = _figures([local / METRICS, *beside], batch)
     opened.figures = _of_weights(figures, opened.weights, config)
     return opened
 
