@@ -57,6 +57,7 @@ class Console(LoggerDestination):
         }
         epoch = int(state.timestamp.epoch) + int(state.timestamp.batch_in_epoch) / int(state.dataloader_len or 1)
         left = next((f", {c.left}" for c in state.callbacks if isinstance(c, Progress) and c.left is not None), "")
+        left = left if batch > 1 else ""  # the first step is of no other's length
         _print(f"step {batch} (epoch {epoch:.2f} of {state.max_duration}, {speed:.2f} steps/s{left})", figures)
 
 
