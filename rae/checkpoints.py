@@ -298,6 +298,12 @@ def without_code() -> Iterator[None]:
             os.environ[name] = before
 
 
+def refused(error: pickle.UnpicklingError) -> str:
+    """What :func:`without_code` has refused, as the end of a sentence about the file."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"{f'a Python object ({found[1]})' if found else 'Python objects'}, which could run code; it is refused"
+
+
 _METADATA_NAMES = {
     "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
     "torch.serialization": {"_get_layout"},

@@ -3,7 +3,6 @@
 import json
 import math
 import pickle
-import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -31,6 +30,7 @@ from rae.checkpoints import (
     is_name,
     list_checkpoints,
     read_seal,
+    refused,
     without_code,
 )
 from rae.config import Config, is_remote, load_config
@@ -248,8 +248,7 @@ def _load(file: Path, where: str) -> Any:
     except DamagedError as error:
         raise UserError(f"{where}: {error}") from error
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(f"{where} holds {found[1] if found else 'Python objects'}, which could run code") from error
+        raise UserError(f"{where} holds {refused(error)}") from error
     except Exception as error:
         raise UserError(f"{where} cannot be read: {reason(error)}") from error
 

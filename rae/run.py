@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import pickle
-import re
 import secrets
 import sys
 import warnings
@@ -33,7 +32,7 @@ from rae.callbacks.data_log import DataLog
 from rae.callbacks.guard import Guard
 from rae.callbacks.progress import Progress
 from rae.callbacks.step_figures import StepFigures
-from rae.checkpoints import METRICS, without_code
+from rae.checkpoints import METRICS, refused, without_code
 from rae.compilation import check_compiler, compile_networks
 from rae.config import Config, EvalData, check_data, is_remote, rank, save_config, to_yaml, world_size
 from rae.data import (
@@ -311,9 +310,7 @@ def _loading(
         with without_code():
             yield dict(load_path=str(path), load_ignore_keys=ignore, load_exclude_algorithms=excluded)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"a Python object ({found[1]})" if found else "Python objects"
-        raise UserError(f"checkpoint {checkpoint} holds {what}, which could run code; it is refused") from error
+        raise UserError(f"checkpoint {checkpoint} holds {refused(error)}") from error
     if rank() == 0:
         log.warning("%s begins at checkpoint %s", config.run_name, checkpoint.name)
         for change in changed:

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import pickle
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from rae.checkpoints import (
     in_form,
     is_name,
     list_checkpoints,
+    refused,
     without_code,
 )
 from rae.config import Config, Model, is_remote, load_config
@@ -348,9 +348,7 @@ def _read_state(checkpoint: Path, source: str, scratch: Path) -> dict[str, Any]:
         with without_code():
             content = torch.load(path, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"a Python object ({found[1]})" if found else "Python objects"
-        raise UserError(f"{source} holds {what}, which could run code; it is refused") from error
+        raise UserError(f"{source} holds {refused(error)}") from error
     except (Exception, CheckpointException) as error:
         raise UserError(f"{source} cannot be read: {reason(error)}") from error
     state = content.get("state") if isinstance(content, dict) else None
