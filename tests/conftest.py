@@ -55,6 +55,14 @@ def relative_error(actual, expected) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
+def wandb_file(run_dir: Path) -> Path:
+    """What W&B stored of the run offline. Its service writes that after ``wandb.finish`` has returned."""
+    import wandb
+
+    wandb.teardown()
+    return next((run_dir / "wandb").rglob("run-*.wandb"))
+
+
 def write_images(folder: Path, count: int, size: int = 80, seed: int = 0) -> Path:
     """Smooth random colour images as PNG, so that pixels are exact."""
     rng = np.random.default_rng(seed)

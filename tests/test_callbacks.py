@@ -19,7 +19,15 @@ from rae.callbacks.progress import Mean, Part, time_left
 from rae.callbacks.referee import Referee
 from rae.checkpoints import fetch, in_form, list_checkpoints, without_code
 from rae.registry import UserError
-from tests.conftest import assert_same_state, launch, metrics_of, tensors_of, tiny_settings, train_here
+from tests.conftest import (
+    assert_same_state,
+    launch,
+    metrics_of,
+    tensors_of,
+    tiny_settings,
+    train_here,
+    wandb_file,
+)
 
 POISON = '''
 import torch
@@ -257,7 +265,7 @@ def in_wandb(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     from wandb.sdk.internal.datastore import DataStore
 
     store, series, record = DataStore(), defaultdict(list), Record()
-    store.open_for_scan(str(next((run_dir / "wandb").rglob("run-*.wandb"))))
+    store.open_for_scan(str(wandb_file(run_dir)))
     while (data := store.scan_data()) is not None:
         record.ParseFromString(data)
         for item in record.history.item:
@@ -287,7 +295,7 @@ def test_histograms_go_to_tensorboard_and_wandb(seen):
     events = EventAccumulator(str(seen / "tensorboard" / seen.name), {"histograms": 0}).Reload()
     assert set(events.Tags()["histograms"]) == {f"histograms/{n}" for n in ("latent", "logits_real", "logits_fake")}
     assert [e.step for e in events.Histograms("histograms/logits_fake")] == [2, 4]
-    assert b"histogram" in next((seen / "wandb").rglob("run-*.wandb")).read_bytes()
+    assert b"histogram" in wandb_file(seen).read_bytes()
 
 
 def test_summaries_and_samples_of_values():

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from rae import registry
 from rae.config import Config, load_config
 from rae.run import train
-from tests.conftest import metrics_of, tiny_settings
+from tests.conftest import metrics_of, tiny_settings, wandb_file
 
 MINE = '''
 import torch
@@ -140,7 +140,7 @@ def test_wandb_gets_figures_and_pictures_offline(settings, tmp_path, monkeypatch
     settings["loggers"]["wandb"] = {"project": "rae"}
     settings["callbacks"] = {"pictures": {"interval": "2ba", "count": 2}}
     run_of(settings)
-    stored = next((tmp_path / "run/wandb").rglob("run-*.wandb")).read_bytes()
+    stored = wandb_file(tmp_path / "run").read_bytes()
     assert b"loss/train/perceptual" in stored
     assert list((tmp_path / "run/wandb").rglob("media/images/**/*.png"))
 
