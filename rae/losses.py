@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rae.backbones import TimmFeatures, read_state_dict, weight_file, weightless
 from rae.layers import Frozen, patchify
 from rae.registry import UserError, register
+from rae.winograd import use_winograd
 
 
 @register("pixel_loss", "l1")
@@ -196,6 +197,7 @@ class LPIPS(nn.Module):
             model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
         if not weightless():
             _load_backbone(model.net, network, weights)
+            use_winograd(model.net)
         self.scaling, self.features = model.scaling_layer, Frozen(model.net.to(memory_format=torch.channels_last))
         for level, lin in enumerate(model.lins):
             self.register_buffer(f"weight{level}", lin.model[-1].weight.detach().flatten(), persistent=False)

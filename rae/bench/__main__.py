@@ -30,8 +30,8 @@ def main() -> None:
     )
     gpu = torch.cuda.is_available()
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--batch", type=int, default=32 if gpu else 2, help="images a step (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=10 if gpu else 4, help="turns of each pair (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32 if gpu else 4, help="images a step (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=10 if gpu else 3, help="turns of each pair (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of bench.json and bench.png")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -74,7 +74,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             found["limits"] = step.limits(folder, beside.seconds, arguments.batch)
             show_limits(found["limits"])
     if "memory" in arguments.sections:
-        found["memory"] = step.memory(folder, arguments.batch)
+        found["memory"] = step.memory(folder, max(1, arguments.batch // 2))
         show_memory(found["memory"])
     if "costs" in arguments.sections:
         step_seconds = beside.seconds["+ GAN"] if "step" in found else None
