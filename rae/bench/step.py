@@ -5,8 +5,10 @@ discriminator, 256 pixels. Weights are random, which costs the same.
 """
 
 import contextlib
+import multiprocessing
 import statistics
 import time
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -169,28 +171,33 @@ def images(batch: int, image_size: int = 256) -> Tensor:
 
 
 def memory(folder: Path, batch: int) -> list[dict[str, Any]]:
-    """Peak bytes of a step with everything on, for several batches, image sizes and depths, ours and the textbook's."""
+    """Peak bytes an image of a step with everything on, for several batches, image sizes and depths, of all sides.
+
+    Each is measured in a process of its own: what an earlier one freed would serve a later one unseen.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["rae.bench.step"])
     rows = []
-    variants = [
+    for variant in (
         dict(batch=batch, image_size=256, depth=8),
         dict(batch=2 * batch, image_size=256, depth=8),
         dict(batch=batch, image_size=128, depth=8),
         dict(batch=batch, image_size=256, depth=16),
-    ]
-    for variant in variants:
-        size, depth, count = variant["image_size"], variant["depth"], variant["batch"]
+    ):
         row: dict[str, Any] = dict(variant)
-        for name, side, checkpointing in (
-            ("ours", Bare, False),
-            ("checkpointing", Bare, True),
-            ("textbook", Textbook, False),
-        ):
-            step = side(parts(folder, size, depth, checkpointing))
-            data = images(count, size)
-            step(data[:1], True, True)  # optimizer states and lazily made buffers are not the step's
-            row[name] = peak_memory(lambda step=step, data=data: step(data, True, True)) / count  # type: ignore[misc]
+        for name in ("ours", "checkpointing", "textbook"):
+            with processes.Pool(1) as pool:
+                row[name] = pool.apply(_peak_of_a_step, (folder, name, *variant.values())) / variant["batch"]
         rows.append(row)
     return rows
+
+
+def _peak_of_a_step(folder: Path, name: str, batch: int, image_size: int, depth: int) -> int:
+    warnings.simplefilter("ignore")
+    side = Textbook if name == "textbook" else Bare
+    step, data = side(parts(folder, image_size, depth, name == "checkpointing")), images(batch, image_size)
+    step(data[:1], True, True)  # optimizer states and lazily made buffers are not the step's
+    return peak_memory(lambda: step(data, True, True))
 
 
 def flops(step: Bare | Textbook, data: Tensor, phase: tuple[bool, bool]) -> int:
