@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rae.registry import TimeString, UserError, register
+from rae.registry import TimeString, UserError, in_steps, register
 
 Schedule = Callable[[int], float]
 """Optimizer step (from 0) -> factor on the base learning rate."""
@@ -80,8 +80,8 @@ def warmup_cosine(
     return _warmup_then(
         lambda x: 0.5 * (1 + math.cos(math.pi * x)),
         _final_factor(final_lr, base_lr),
-        in_steps(warmup, steps_per_epoch),
-        in_steps(decay_end, steps_per_epoch),
+        _steps(warmup, steps_per_epoch),
+        _steps(decay_end, steps_per_epoch),
         warmup_from_zero,
     )
 
@@ -99,8 +99,8 @@ def warmup_linear(
     return _warmup_then(
         lambda x: 1 - x,
         _final_factor(final_lr, base_lr),
-        in_steps(warmup, steps_per_epoch),
-        in_steps(decay_end, steps_per_epoch),
+        _steps(warmup, steps_per_epoch),
+        _steps(decay_end, steps_per_epoch),
         warmup_from_zero,
     )
 
@@ -132,17 +132,8 @@ def _warmup_then(
     return factor
 
 
-def in_steps(time: str, steps_per_epoch: int) -> int:
-    """A time in epochs or batches, as a number of optimizer steps.
-
-    Raises:
-        UserError: another unit.
-    """
-    from composer import Time
-
-    parsed = Time.from_timestring(time)
-    if parsed.unit.value == "ep":
-        return parsed.value * steps_per_epoch
-    if parsed.unit.value == "ba":
-        return parsed.value
-    raise UserError(f"schedule: {time!r} must be in epochs ('8ep') or batches ('1000ba')")
+def _steps(time: str, steps_per_epoch: int) -> int:
+    steps = in_steps(time, steps_per_epoch)
+    if steps is None:
+        raise UserError(f"schedule: {time!r} must be in epochs ('8ep') or batches ('1000ba')")
+    return steps

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import sys
 import types
@@ -323,6 +324,24 @@ def parse_time(value: Any) -> str:
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{value!r} is not a time such as '8ep', '1000ba' or '0.5dur'") from error
     return value
+
+
+def in_steps(
+    time: str, steps_per_epoch: int | None, batch_size: int | None = None, end: int | None = None
+) -> int | None:
+    """How many steps are finished at a Composer time string; None where its unit does not tell.
+
+    Args:
+        end: steps of the whole run, of which ``dur`` is a share.
+    """
+    from composer import Time
+
+    parsed = Time.from_timestring(time)
+    value, unit = parsed.value, parsed.unit.value
+    if unit == "sp" and batch_size is not None:
+        return math.ceil(value / batch_size)
+    length = {"ba": 1, "ep": steps_per_epoch, "dur": end}.get(unit)
+    return None if length is None else math.ceil(value * length)
 
 
 TimeString = Annotated[str, BeforeValidator(parse_time), "time"]

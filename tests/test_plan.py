@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from rae import operations
 from rae.__main__ import main
 from rae.checkpoints import list_checkpoints
 from rae.config import Config, load_config
@@ -16,7 +17,7 @@ from rae.plan import Options, plan, show
 from rae.plan.clock import Clock
 from rae.plan.gpus import GPUS
 from rae.plan.report import phases_of
-from rae.plan.step import ATTENTION_ON_CPU, Meter
+from rae.plan.step import Meter
 from rae.registry import UserError
 from rae.run import build_trainer, check
 from tests.conftest import ROOT, TINY, resumable, run, tiny_settings, write_yaml
@@ -40,18 +41,6 @@ def trainer_of(settings: dict):
     config = Config.model_validate(settings)
     check(config)
     return build_trainer(config)
-
-
-class NoModules:
-    """For FlopCounterMode, whose module hooks do not bear gradients taken at a leaf."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 def planned(settings: dict, path, **options) -> dict:
@@ -85,9 +74,7 @@ def test_operations_are_what_a_real_run_computes(shards, tmp_path):
     settings = everything_on(shards, tmp_path)
     found = planned(settings, tmp_path)
     trainer = trainer_of(settings)
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
-    counter.mod_tracker = NoModules()
-    with counter:
+    with operations.counter() as counter:
         trainer.fit()
     trainer.close()
     (phase,) = found["phases"]

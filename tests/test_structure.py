@@ -7,7 +7,7 @@ from tests.conftest import ROOT
 GROUPS = [
     {"registry", "config", "processes"},
     {"storage"},
-    {"layers", "backbones", "optimizers"},
+    {"layers", "backbones", "optimizers", "operations", "winograd"},
     {"encoders", "decoder", "discriminator", "losses", "data", "metrics"},
     {"shards", "checkpoints", "images"},
     {"parts"},

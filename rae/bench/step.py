@@ -4,13 +4,12 @@ Sizes at which the networks dominate: a ViT-S encoder with 256 tokens, a decoder
 discriminator, 256 pixels. Weights are random, which costs the same.
 """
 
-import contextlib
 import multiprocessing
 import statistics
 import time
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torchvision
@@ -18,16 +17,15 @@ from composer import Logger, State
 from composer.loggers import LoggerDestination
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTImageProcessor
 
+from rae import operations
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.perceptual import Perceptual
 from rae.bench.measure import Seconds, best_rates, device, peak_memory, ratios_of, summary, timed, wait
 from rae.bench.textbook import Bare, Figures, Parts, Textbook
 from rae.callbacks.begin_step import seed_step
 from rae.config import Config
-from rae.plan.step import ATTENTION_ON_CPU
 from rae.registry import build, register
 from rae.run import build_model, build_trainer, check
 
@@ -202,18 +200,9 @@ def _peak_of_a_step(folder: Path, name: str, batch: int, image_size: int, depth:
 
 def flops(step: Bare | Textbook, data: Tensor, phase: tuple[bool, bool]) -> int:
     """Floating-point operations of a step, matrix products, convolutions and attention."""
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
-    # Its hooks that attribute operations to modules do not bear gradients taken at a leaf.
-    counter.mod_tracker = _NoModules()
-    with counter:
+    with operations.counter() as counter:
         step(data, *phase)
     return counter.get_total_flops()
-
-
-class _NoModules(contextlib.nullcontext[None]):
-    """Attributes everything to the whole."""
-
-    parents: ClassVar = {"Global"}
 
 
 GROUPS = {  # kind of operation -> what its names begin with

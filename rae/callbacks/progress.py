@@ -1,20 +1,20 @@
 """How far training is, and how long it still takes: by phase, with evaluations and checkpoints."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from composer import Callback, Event, Logger, State, Time
-from composer.core import TimeUnit, get_precision_context
+from composer import Callback, Event, Logger, State
+from composer.core import TimeUnit
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from rae import operations
 from rae.algorithms.adversarial import Adversarial
-from rae.algorithms.base import LossTerm, unwrapped
+from rae.algorithms.base import LossTerm, precision_context, unwrapped
 from rae.callbacks.checkpointer import Checkpointer
+from rae.registry import in_steps
 
 
 class Mean:
@@ -133,30 +133,21 @@ class Progress(Callback):
 
     def _start(self, state: State) -> None:
         assert state.max_duration is not None
-        self.end = self._step_of(state.max_duration, state)
-        if self.end is not None and any(start > int(state.timestamp.batch) for start in self._starts(state)):
-            parts = [
-                (self._step_of(Time.from_timestring(when), state), n) for when, n in step_operations(state).items()
-            ]
+        self.end = self._step_of(state.max_duration.to_timestring(), state)
+        if self.end is not None and self._changes(state):
+            parts = [(self._step_of(when, state), n) for when, n in step_operations(state).items()]
             self.parts = [Part(start, n) for start, n in parts if start is not None and start < self.end]
         self.mark, self.spent = self.clock(), 0.0
 
-    def _starts(self, state: State) -> list[int]:
-        names = [getattr(a, name, None) for a in state.algorithms for name in ("start", "discriminator_start")]
-        times = [self._step_of(Time.from_timestring(name), state) for name in names if isinstance(name, str)]
-        return [when for when in times if when is not None]
+    def _changes(self, state: State) -> bool:
+        """Whether steps to come are of another phase."""
+        times = [getattr(a, name, None) for a in state.algorithms for name in ("start", "discriminator_start")]
+        starts = [self._step_of(when, state) for when in times if isinstance(when, str)]
+        return any(start is not None and start > int(state.timestamp.batch) for start in starts)
 
-    def _step_of(self, when: Time, state: State) -> int | None:
-        """The number of finished steps at ``when``; None if it is not counted in steps."""
-        if when.unit == TimeUnit.BATCH:
-            return int(when)
-        if when.unit == TimeUnit.SAMPLE:
-            return math.ceil(int(when) / self.batch_size)
-        if when.unit == TimeUnit.EPOCH and state.dataloader_len is not None:
-            return math.ceil(float(when.value) * int(state.dataloader_len))
-        if when.unit == TimeUnit.DURATION and self.end is not None:
-            return math.ceil(float(when.value) * self.end)
-        return None
+    def _step_of(self, when: str, state: State) -> int | None:
+        epoch = None if state.dataloader_len is None else int(state.dataloader_len)
+        return in_steps(when, epoch, self.batch_size, self.end)
 
     def _end_step(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
@@ -189,19 +180,17 @@ class Progress(Callback):
             return None
         pauses = []
         if state.evaluators:
-            pauses.append((self._times(self.eval_interval, step, state, at_end=True), self.evaluations))
+            pauses.append((self._times(self.eval_interval, step, state), self.evaluations))
         for checkpointer in state.callbacks:
             if isinstance(checkpointer, Checkpointer):
-                pauses.append((self._times(checkpointer.interval, step, state, at_end=True), self.checkpoints))
+                pauses.append((self._times(checkpointer.interval, step, state), self.checkpoints))
         return time_left(step, self.end, self.parts, self.steps, pauses)
 
-    def _times(self, interval: str, step: int, state: State, at_end: bool) -> int:
+    def _times(self, interval: str, step: int, state: State) -> int:
         """How often something that is done every ``interval``, and at the end, is still to be done."""
-        every = self._step_of(Time.from_timestring(interval), state)
+        every = self._step_of(interval, state)
         assert self.end is not None
-        if not every:
-            return 0
-        return self.end // every - step // every + (1 if at_end and self.end % every else 0)
+        return -(-self.end // every) - step // every if every else 0
 
 
 @torch.no_grad()
@@ -212,7 +201,8 @@ def step_operations(state: State) -> dict[str, float]:
     pass, and through a frozen one once.
     """
     model = unwrapped(state)
-    image = torch.zeros(1, 3, *[model.rae.decoder.grid * model.rae.decoder.patch_size] * 2, device=_device(state))
+    size = model.rae.decoder.grid * model.rae.decoder.patch_size
+    image = torch.zeros(1, 3, size, size, device=model.rae.image_mean.device)
     was_training = model.training
     model.eval()
     encode, tokens = _counted(state, lambda: model.rae.clean_tokens(image))
@@ -235,10 +225,6 @@ def step_operations(state: State) -> dict[str, float]:
 def _counted(state: State, function: Callable[[], Tensor]) -> tuple[float, Tensor]:
     # What is called for the first time under the counter would never be compiled.
     eagerly = torch.compiler.set_stance("force_eager")
-    with eagerly, FlopCounterMode(display=False) as counter, get_precision_context(state.precision):
+    with eagerly, operations.counter() as counter, precision_context(state):
         result = function()
     return float(counter.get_total_flops()), result.float()
-
-
-def _device(state: State) -> torch.device:
-    return state.device.tensor_to_device(torch.zeros(())).device

@@ -1,12 +1,11 @@
 """Where training is at which step: times of a configuration as numbers of steps."""
 
-import math
 from dataclasses import dataclass, field
 
 from composer import Time, Timestamp
 from composer.core import TimeUnit
 
-from rae.registry import UserError
+from rae.registry import UserError, in_steps
 
 NOMINAL = 1000
 """Steps an epoch where the data's size is unknown: shares of a run in epochs hold for any number."""
@@ -58,17 +57,15 @@ class Clock:
         Raises:
             UserError: a time that is not counted in steps.
         """
-        parsed = Time.from_timestring(time)
-        self.units.add(parsed.unit)
-        if parsed.unit == TimeUnit.EPOCH:
-            return math.ceil(parsed.value * self.steps_per_epoch)
-        if parsed.unit == TimeUnit.BATCH:
-            return parsed.value
-        if parsed.unit == TimeUnit.SAMPLE:
-            return math.ceil(parsed.value / self.batch_size)
-        if parsed.unit == TimeUnit.DURATION:
-            return math.ceil(parsed.value * self.steps)
-        raise UserError(f"{where}: {time!r} cannot be planned, as it is not counted in steps; write it in ep, ba or sp")
+        unit = Time.from_timestring(time).unit
+        self.units.add(unit)
+        end = self.steps if unit == TimeUnit.DURATION else None
+        step = in_steps(time, self.steps_per_epoch, self.batch_size, end)
+        if step is None:
+            raise UserError(
+                f"{where}: {time!r} cannot be planned, as it is not counted in steps; write it in ep, ba or sp"
+            )
+        return step
 
     def timestamp(self, step: int) -> Timestamp:
         """Composer's, after so many steps."""

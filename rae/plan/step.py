@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from rae import operations
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import precision_context
 from rae.config import Config
@@ -37,21 +37,6 @@ from rae.registry import build
 from rae.run import build_model
 
 aten = torch.ops.aten
-
-
-def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _cpu_attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-ATTENTION_ON_CPU = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-}
-"""What FlopCounterMode does not count by itself: the CPU's fused attention."""
 
 
 class Meter(TorchDispatchMode):
@@ -71,7 +56,7 @@ class Meter(TorchDispatchMode):
         self.live = self.peak = 0
         self.known: dict[int, int] = {}
         # Its formulas, not its mode, which tries to decompose every operation first: here they come decomposed.
-        self.counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
+        self.counter = operations.counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
@@ -111,15 +96,9 @@ class Meter(TorchDispatchMode):
         """Fill a dictionary with the operations of each network, and of what is none of them (``other``)."""
         found: dict[str, int] = {}
         self.counter.flop_counts.clear()
-        with Attribution(networks) as attribution:
-            self.counter.mod_tracker = attribution  # type: ignore[assignment]
+        with Attribution(networks) as self.counter.mod_tracker:  # type: ignore[assignment]
             yield found
-        self.counter.mod_tracker = _Nothing()  # type: ignore[assignment]
         found.update({name: sum(counts.values()) for name, counts in self.counter.flop_counts.items()})
-
-
-class _Nothing:
-    parents: ClassVar[set[str]] = set()
 
 
 class Attribution:
