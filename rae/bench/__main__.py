@@ -85,7 +85,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         show("start-up", seconds)
     if "scaling" in arguments.sections:
         found["scaling"] = scaling.scaling(folder)
-        found["projected efficiency"] = {str(n): scaling.projections(n) for n in (64, 16)}
+        found["projected efficiency"] = scaling.projections()
         show_scaling(found["scaling"])
         show_projections(found["projected efficiency"])
     found["goals"] = goals(found)

@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from composer.algorithms.ema.ema import EMAParameters, compute_ema
 from rich.table import Table
@@ -18,12 +17,15 @@ from torch import Tensor, nn
 from rae.algorithms.ema import update_ema
 from rae.bench.measure import Seconds, console, device, in_turns, show, summary
 from rae.checkpoints import STATE, seal
+from rae.config import load_config
 from rae.decoder import SIZES, Decoder
+from rae.plan.clock import Clock
+from rae.plan.step import Layout, Simulation, networks_of, tensors_of
 
 
 def measure(size: str, repeats: int, step: Seconds | None = None) -> dict[str, Any]:
     """All of it, printed and returned; ``step`` compares the average with a measured step at the bench's sizes."""
-    networks = published(size, device().type)
+    networks = weights(size)
     ema = ema_cost(networks, repeats)
     found = {
         "ema": {name: summary(values) for name, values in ema.items()},
@@ -48,31 +50,31 @@ def ema_share(step: Seconds) -> float:
     return share
 
 
-def published(size: str, device: str) -> dict[str, nn.Module]:
-    """The networks of the published recipe: DINOv2-B encoder, decoder, LPIPS's VGG, DINO ViT-S/8 below the heads."""
-    from torchvision.models import vgg16
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-
-    with torch.device(device):
-        return {
-            "decoder": Decoder(768, 256, size=size),
-            "encoder": Dinov2WithRegistersModel(Dinov2WithRegistersConfig()).requires_grad_(False),
-            "vgg": vgg16(weights=None).features.requires_grad_(False),
-            "backbone": timm.create_model("vit_small_patch8_224", num_classes=0).requires_grad_(False),
-        }
+def published(size: str) -> Simulation:
+    """The published recipe with this decoder; a context, see :class:`rae.plan.step.Simulation`."""
+    config = load_config("yamls/rae_dino_b.yaml", [f"model.decoder.size={size}"])
+    return Simulation(config, Clock(None, config.data.batch_size, config.trainer["max_duration"]), Layout())
 
 
-def ema_cost(networks: dict[str, nn.Module], repeats: int) -> Seconds:
+def weights(size: str) -> dict[str, list[Tensor]]:
+    """Network of the published recipe -> tensors of its weights' sizes."""
+    with published(size) as simulation:
+        networks = networks_of(simulation.model, simulation.algorithms)
+    return {
+        name: [torch.ones(t.shape, device=device()) for t in tensors_of(network)] for name, network in networks.items()
+    }
+
+
+def ema_cost(networks: dict[str, list[Tensor]], repeats: int) -> Seconds:
     """One update of the average: ours, Composer's over the same weights, and one over all weights."""
-    decoder = networks["decoder"]
-    weights = [p.detach() for p in decoder.parameters()]
-    average = [p.clone() for p in weights]
+    average = [p.clone() for p in networks["decoder"]]
+    decoder = nn.ParameterList(networks["decoder"])
     stock = EMAParameters(decoder)
-    everything = nn.ModuleList(networks.values())
+    everything = nn.ParameterList([t for tensors in networks.values() for t in tensors])
     copied = copy.deepcopy(everything)
     seconds = in_turns(
         {
-            "ours": lambda: update_ema(average, weights, 0.9978),
+            "ours": lambda: update_ema(average, networks["decoder"], 0.9978),
             "Composer's EMA": lambda: compute_ema(decoder, stock, smoothing=0.9978),
             "an average of everything": lambda: compute_ema(everything, copied, smoothing=0.9978),
         },
@@ -80,24 +82,6 @@ def ema_cost(networks: dict[str, nn.Module], repeats: int) -> Seconds:
     )
     show("EMA, a step", seconds)
     return seconds
-
-
-def tensors(networks: dict[str, nn.Module], careful: bool) -> dict[str, Any]:
-    """What a checkpoint holds: the decoder, its average and Adam's two moments; carelessly, also all that is frozen."""
-    decoder = networks["decoder"].state_dict()
-    moments = {name: [torch.zeros_like(w), torch.zeros_like(w)] for name, w in decoder.items()}
-    held: dict[str, Any] = {"model": decoder, "average": copy.deepcopy(decoder), "optimizer": moments}
-    if not careful:
-        frozen = {name: network.state_dict() for name, network in networks.items() if name != "decoder"}
-        held |= {"frozen": frozen, "average of frozen": copy.deepcopy(frozen)}
-    return held
-
-
-def size_of(held: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(held, Tensor):
-        return held.numel() * held.element_size()
-    return sum(size_of(value) for value in (held.values() if isinstance(held, dict) else held))
 
 
 def checkpoint_bytes() -> dict[str, list[float]]:
@@ -108,32 +92,31 @@ def checkpoint_bytes() -> dict[str, list[float]]:
     table = Table("decoder", "ours GB", "naive GB", "ratio", title="checkpoint, bytes")
     found = {}
     for size in SIZES:
-        networks = published(size, "meta")
-        ours, naive = (size_of(tensors(networks, careful)) for careful in (True, False))
-        weights = [size_of(networks["decoder"].state_dict()), sum(size_of(n.state_dict()) for n in networks.values())]
-        found[size] = [ours / 1e9, naive / 1e9]
-        table.add_row(size, f"{ours / 1e9:.2f}", f"{naive / 1e9:.2f}", f"{ours / naive:.2f}")
-        table.add_row(
-            f"{size}, without optimizer", f"{2 * weights[0] / 1e9:.2f}", f"{2 * weights[1] / 1e9:.2f}",
-            f"{weights[0] / weights[1]:.2f}",
-        )  # fmt: skip
+        with published(size) as simulation:
+            saved, held = simulation.saved() / 1e9, simulation.held()
+        weights, frozen = held["weights"] / 1e9, held["frozen networks"] / 1e9
+        found[size] = [saved, saved + 2 * frozen]
+        for name, ours in ((size, saved), (f"{size}, decoder and its average alone", 2 * weights)):
+            naive = ours + 2 * frozen
+            table.add_row(name, f"{ours:.2f}", f"{naive:.2f}", f"{ours / naive:.2f}")
     console.print(table)
     return found
 
 
-def checkpoint_cost(networks: dict[str, nn.Module], repeats: int) -> Seconds:
+def checkpoint_cost(networks: dict[str, list[Tensor]], repeats: int) -> Seconds:
     """Writing it: ours with its seal (hash and fsync), the naive one without."""
-    careful, naive = tensors(networks, True), tensors(networks, False)
+    copies = {"decoder": 4, "discriminator's heads": 3}  # weights, Adam's two moments, the decoder's average
+    careful = [t.clone() for name, n in copies.items() for t in n * networks[name]]
+    naive = careful + [t.clone() for name in networks.keys() - copies for t in 2 * networks[name]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        files = {"ours, sealed": folder / STATE, "naive": folder / "naive.pt"}
 
         def ours() -> None:
-            torch.save(careful, folder / STATE)
+            torch.save(careful, files["ours, sealed"])
             seal(folder, [STATE], 0, 1, "bench")
 
-        seconds = in_turns({"ours, sealed": ours, "naive": lambda: torch.save(naive, folder / "naive.pt")}, repeats)
-        sizes = {"ours, sealed": folder / STATE, "naive": folder / "naive.pt"}
-        show(
-            "checkpoint, writing", seconds, MB={key: f"{file.stat().st_size / 1e6:,.0f}" for key, file in sizes.items()}
-        )
+        seconds = in_turns({"ours, sealed": ours, "naive": lambda: torch.save(naive, files["naive"])}, repeats)
+        sizes = {key: f"{file.stat().st_size / 1e6:,.0f}" for key, file in files.items()}
+        show("checkpoint, writing", seconds, MB=sizes)
     return seconds

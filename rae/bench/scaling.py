@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from rae.bench.costs import published
 from rae.bench.step import settings
-from rae.decoder import SIZES, Decoder
+from rae.decoder import SIZES
+from rae.plan.gpus import GPUS
 from rae.registry import register
 
 LAYOUTS = {"one rank": (1, "ddp"), "two DDP ranks": (2, "ddp"), "two FSDP ranks": (2, "fsdp")}
@@ -106,28 +108,25 @@ NVLINK, NETWORK = 450e9, 50e9
 """Bytes/s a GPU and direction: NVLink 4 within eight GPUs; 400 Gb/s InfiniBand a GPU between them."""
 OVERLAP = 0.5
 """The share of a step behind which gradients can travel: the decoder's backward pass and what follows it."""
-TFLOPS, UTILISATION = 989.0, 0.35
-"""An H100's bf16 peak, and the share of it that a step is assumed to reach; a faster step hides less."""
-FROZEN_GFLOP = 48 + 3 * 40 + 4 * 55 + 2 * 2 * 10
-"""A GAN-phase step's, an image, besides the decoder: DINOv2-B; VGG on two images, and back; the discriminator on three,
-and back; and its heads' weights, for two images."""
-HEADS = 5 * (384 * 384 * 10 + 384 * 7 + 1)
-"""The discriminator's trained parameters."""
+UTILISATION = 0.35
+"""The share of an H100's bf16 peak that a step is assumed to reach; a faster step hides less."""
 
 
-def projections(images: int = 64) -> dict[str, dict[int, float]]:
-    """Efficiency of the published recipe's GAN phase for each decoder, DDP, on 8, 64 and 512 GPUs."""
-    found = {}
+def projections(images: tuple[int, ...] = (64, 16)) -> dict[str, dict[str, dict[int, float]]]:
+    """Efficiency of the published recipe's GAN phase by images a GPU and decoder, with DDP on 8, 64 and 512 GPUs."""
+    found: dict[str, dict[str, dict[int, float]]] = {str(n): {} for n in images}
     for size in SIZES:
-        with torch.device("meta"):
-            decoder = Decoder(768, 256, size=size)
-        parameters = sum(p.numel() for p in decoder.parameters())
-        gflop = FROZEN_GFLOP + 4 * 2e-9 * parameters * 257  # forward, twice backward, and the fresh fake's forward
-        found[size] = projected(parameters, SIZES[size][0], gflop, images)
+        with published(size) as simulation:
+            operations = sum(simulation.operations(simulation.clock.steps - 1).values())
+            trained = {name: count for name, (count, is_trained) in simulation.parameters().items() if is_trained}
+            last_layer = simulation.model.rae.decoder.head.weight.numel()
+        for n in images:
+            exposed = trained["discriminator's heads"] + 2 * last_layer
+            found[str(n)][size] = projected(trained["decoder"], exposed, n * operations)
     return found
 
 
-def projected(parameters: int, width: int, gflop_an_image: float, images: int) -> dict[int, float]:
+def projected(decoder: int, others: int, operations: float) -> dict[int, float]:
     """Efficiency of DDP on 8, 64 and 512 GPUs with fixed work a GPU: compute over compute and exposed communication.
 
     A ring all-reduce of fp32 gradients sends 2 (N − 1)/N of them from each GPU, at the slowest link's speed; of the
@@ -135,17 +134,16 @@ def projected(parameters: int, width: int, gflop_an_image: float, images: int) -
     gradients that the adaptive weight is struck from, are exposed whole. The loader is assumed to keep up.
 
     Args:
-        parameters: the decoder's trained ones.
-        width: the decoder's.
-        images: a GPU and step.
+        decoder: its gradients' number.
+        others: numbers whose communication nothing hides: the discriminator's gradients, and the balance's.
+        operations: of a GPU and step.
     """
-    compute = gflop_an_image * 1e9 * images / (TFLOPS * 1e12 * UTILISATION)
+    compute = operations / (GPUS["H100"].rate("amp_bf16") * UTILISATION)
     efficiency = {}
     for gpus in (8, 64, 512):
         seconds_a_value = 2 * (gpus - 1) / gpus * 4 / (NVLINK if gpus <= 8 else NETWORK)
-        beyond = max(0.0, parameters * seconds_a_value - OVERLAP * compute)
-        exposed = (HEADS + 2 * 768 * width) * seconds_a_value
-        efficiency[gpus] = compute / (compute + beyond + exposed)
+        beyond = max(0.0, decoder * seconds_a_value - OVERLAP * compute)
+        efficiency[gpus] = compute / (compute + beyond + others * seconds_a_value)
     return efficiency
 
 
