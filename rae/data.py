@@ -107,7 +107,8 @@ def train_transform(size: int, resize_to: int | None = None, flip: bool = False)
         image = decode(data)
         if min(image.shape[1:]) != short:
             image = resize_short_side(image, short)
-        top, left = (rng.randrange(side - size + 1) for side in image.shape[1:])
+        _, height, width = image.shape
+        top, left = rng.randrange(height - size + 1), rng.randrange(width - size + 1)
         image = image[:, top : top + size, left : left + size]
         return image.flip(2) if flip and rng.randrange(2) else image
 
@@ -611,13 +612,15 @@ class Batcher:
 
     def __init__(self, size: int):
         self.size, self.used = size, 0
-        self.buffer: Tensor | None = None
+        self.batch = torch.empty(0)
+        self.slots: tuple[Tensor, ...] = ()
 
     def place(self, image: Tensor) -> Tensor:
         """An image (3, S, S) -> its copy in the next batch."""
-        if self.buffer is None or self.used == self.size:
-            self.buffer, self.used = _batch_memory((self.size, *image.shape[1:], 3)), 0
-        slot = self.buffer[self.used].permute(2, 0, 1)
+        if self.used == len(self.slots):
+            self.batch = _batch_memory((self.size, *image.shape[1:], 3)).permute(0, 3, 1, 2)
+            self.slots, self.used = self.batch.unbind(), 0
+        slot = self.slots[self.used]
         self.used += 1
         return slot.copy_(image)
 
@@ -634,10 +637,10 @@ class Batcher:
         return {**({"image": self._images(samples)} if "image" in samples[0] else {}), **batch}
 
     def _images(self, samples: list[dict[str, Any]]) -> Tensor:
-        images, buffer = [sample["image"] for sample in samples], self.buffer
-        self.buffer = None
-        if buffer is not None and [x.data_ptr() for x in images] == [x.data_ptr() for x in buffer[: len(images)]]:
-            return buffer[: len(images)].permute(0, 3, 1, 2)
+        images, batch, slots = [sample["image"] for sample in samples], self.batch, self.slots[: len(samples)]
+        self.batch, self.slots, self.used = torch.empty(0), (), 0
+        if list(map(id, images)) == list(map(id, slots)):
+            return batch[: len(images)]
         return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
