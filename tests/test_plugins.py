@@ -145,6 +145,19 @@ def test_wandb_gets_figures_and_pictures_offline(settings, tmp_path, monkeypatch
     assert list((tmp_path / "run/wandb").rglob("media/images/**/*.png"))
 
 
+def test_wandb_without_a_login_is_one_line(settings, tmp_path, monkeypatch):
+    import wandb
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr("sys.stdin", None)  # nobody to ask
+    wandb.teardown()  # it reads the environment once
+    settings["loggers"] = {"wandb": {"project": "rae"}}
+    with pytest.raises(registry.UserError, match=r"^loggers\.wandb: .*not configured.*`wandb login`.*=offline$"):
+        train(Config.model_validate(settings))
+
+
 @pytest.mark.parametrize("evaluate", ["ema", "live", "both"])
 def test_which_weights_evaluation_uses(settings, evaluate):
     settings["trainer"] |= {"eval_interval": "3ba"}

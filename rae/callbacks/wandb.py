@@ -3,9 +3,11 @@
 import os
 from typing import Any
 
+from composer import Logger, State
 from composer.loggers import WandBLogger
+from composer.utils import dist
 
-from rae.registry import register
+from rae.registry import UserError, register
 
 
 @register("logger", "wandb", context=("run_dir",))
@@ -31,6 +33,25 @@ class WandB(WandBLogger):
         os.makedirs(run_dir, exist_ok=True)
         init_kwargs = {"dir": run_dir, **(init_kwargs or {})}
         super().__init__(project, group, name, entity, tags, init_kwargs=init_kwargs)
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Begin W&B's run.
+
+        Raises:
+            UserError: W&B wants a login, or refuses this one, or does not answer; on all ranks.
+        """
+        import wandb
+
+        try:
+            super().init(state, logger)
+        except wandb.Error as error:
+            dist.broadcast_object_list([None, None])  # the run's entity and project, for which the other ranks wait
+            raise UserError(
+                f"loggers.wandb: W&B does not begin: {' '.join(str(error).split())}; run `wandb login`, or set "
+                "WANDB_API_KEY or WANDB_MODE=offline"
+            ) from error
+        except AssertionError as error:  # of those that are told of none
+            raise UserError("loggers.wandb: W&B does not begin on the first rank, which says why") from error
 
     def can_upload_files(self) -> bool:
         return False
