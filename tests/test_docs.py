@@ -5,10 +5,12 @@ In a guide, a block that begins with ```` ```bash run ```` is run as it stands, 
 
 import argparse
 import ast
+import importlib
 import re
 import runpy
 import shlex
 import sys
+from functools import partial
 
 import pytest
 import yaml
@@ -61,9 +63,12 @@ def parsed(words: list[str], monkeypatch) -> argparse.Namespace:
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(sys, "argv", words)
-    start, target = (runpy.run_module, MODULES.get(words[0])) if words[0] in MODULES else (runpy.run_path, words[0])
+    if words[0] in MODULES:
+        start = importlib.import_module(MODULES[words[0]]).main
+    else:
+        start = partial(runpy.run_path, words[0], run_name="__main__")
     with pytest.raises(Parsed) as stopped:
-        start(target, run_name="__main__")
+        start()
     monkeypatch.undo()
     return stopped.value.args[0]
 
