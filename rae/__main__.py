@@ -51,11 +51,22 @@ def main(words: list[str] | None = None) -> None:
             subparser.set_defaults(run=module.run)
     arguments = parser.parse_args(words)
     try:
+        _check_given(arguments)
         arguments.run(arguments)
+    except OSError as error:  # that nothing closer to it explains
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check_given(arguments: argparse.Namespace) -> None:
+    """Raise UserError for an empty text: a variable of the shell that is not set."""
+    for name, value in vars(arguments).items():
+        if "" in (value if isinstance(value, list) else [value]):
+            raise UserError(f"{name.upper()} is empty; if it comes from a variable, set that")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from rae.config import Config
-from rae.exports import Exported, figure_text, includes_encoder, may_be_on_hub
+from rae.exports import OPENING, Exported, figure_text, includes_encoder, may_be_on_hub
 from rae.model import RAE
 from rae.registry import check_plugin
 
@@ -35,7 +35,7 @@ _TEMPLATE = """---
 
 # {{ name }}
 
-A Representation Autoencoder ([arXiv 2510.11690](https://arxiv.org/abs/2510.11690)): a frozen vision encoder, and a ViT
+OPENING, and a ViT
 decoder trained to turn its features back into pixels.
 
 | | |
@@ -103,7 +103,7 @@ def model_card(
             tags=["representation-autoencoder", "image-reconstruction"],
             base_model=encoder_name if may_be_on_hub(encoder_name) else None,
         ),
-        template_str=_TEMPLATE.replace("LOADING", _LOADING[layout]),
+        template_str=_TEMPLATE.replace("LOADING", _LOADING[layout]).replace("OPENING", OPENING),
         name=about.name,
         shape=f"(B, {', '.join(map(str, rae.latent_shape))})",
         facts=_facts(rae, about, included),

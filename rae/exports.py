@@ -5,6 +5,7 @@ frozen encoder is named, by hub id or path, or lies beside them in ``encoder/``.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,14 +23,16 @@ from rae.config import DecoderSizes, Model, Section, is_remote, override, valida
 from rae.decoder import Decoder
 from rae.encoders.base import Encoder
 from rae.model import RAE, build_rae
-from rae.registry import UserError, check_plugin, find, import_plugins
-from rae.storage import RemoteFolder, can_delete, reason
+from rae.registry import UserError, check_plugin, find, import_plugins, plugins
+from rae.storage import RemoteFolder, can_delete, filled, reason
 
 CONFIG, WEIGHTS, ENCODER, CARD = "config.json", "model.safetensors", "encoder", "README.md"
 RUN = "config.yaml"
 """The configuration of the run that it came from."""
 OURS = {CONFIG, WEIGHTS, ENCODER, CARD, RUN, "model.pt", "stat.pt", "diffusion_pytorch_model.safetensors"}
 """What an export of any format may hold."""
+OPENING = "A Representation Autoencoder ([arXiv 2510.11690](https://arxiv.org/abs/2510.11690)): a frozen vision encoder"
+"""What every export's model card says, and no other program's."""
 
 
 class Exported(Section):
@@ -41,7 +44,7 @@ class Exported(Section):
     image_size: int
     model: Model
     imports: list[str] = Field(default_factory=list)
-    """The plugin files or modules that building it needs."""
+    """The plugin files or modules that building it needs; see :func:`load`."""
     weights: Literal["ema", "live", "given"] = "given"
     """Which weights of a run they are; ``given`` came from elsewhere."""
     trained: dict[str, Any] = Field(default_factory=dict)
@@ -55,6 +58,7 @@ def load(
     device: str | torch.device = "cpu",
     overrides: Iterable[str] = (),
     revision: str | None = None,
+    imports: bool = False,
 ) -> RAE:
     """An exported autoencoder, in eval mode.
 
@@ -62,13 +66,17 @@ def load(
         folder: a local folder, ``s3://…``, or a repository on the Hugging Face hub.
         overrides: ``model.encoder.dinov2.pretrained=PATH`` and the like, over what the export says.
         revision: of a hub's repository.
+        imports: import the modules that the export names for an encoder that is not registered yet. They are code of
+            this machine that whoever made the export chooses.
 
     Raises:
         UserError: it is no export, its encoder cannot be had, or a tensor is missing, unexpected or of another shape.
     """
     with TemporaryDirectory(prefix="rae-") as scratch:
         local = local_folder(str(folder), Path(scratch), revision)
-        rae = build_exported(local, read_exported(local, str(folder), overrides), str(folder))
+        exported = read_exported(local, str(folder), overrides)
+        import_encoder(exported, str(folder), imports)
+        rae = build_exported(local, exported, str(folder))
     return rae.to(device)
 
 
@@ -80,7 +88,7 @@ def local_folder(name: str, scratch: Path, revision: str | None = None) -> Path:
     """
     if is_remote(name):
         return download(name, scratch / "export")
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     if not may_be_on_hub(name):
         raise UserError(f"there is no folder {name!r}; give an export's folder, s3://… or a hub id")
@@ -172,9 +180,30 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def build_exported(local: Path, exported: Exported, name: str) -> RAE:
-    """The autoencoder of an export on this disk; see :func:`load`."""
+def import_encoder(exported: Exported, name: str, imports: bool) -> None:
+    """Import what an export's encoder needs, where it is not registered yet.
+
+    Args:
+        name: what to call the export in messages.
+        imports: whether the user has said so.
+
+    Raises:
+        UserError: it needs something, and the user has not; or that cannot be imported.
+    """
+    entry = exported.model.encoder
+    unknown = set([entry] if isinstance(entry, str) else entry) - plugins("encoder").keys()
+    if not unknown or not exported.imports:
+        return
+    if not imports:
+        raise UserError(
+            f"{name}: its encoder {unknown.pop()!r} needs {', '.join(map(repr, exported.imports))} of this machine; "
+            "if that is what you want to run, say --imports, or rae.load(…, imports=True)"
+        )
     import_plugins(exported.imports)
+
+
+def build_exported(local: Path, exported: Exported, name: str) -> RAE:
+    """The autoencoder of an export on this disk, whose encoder is registered; see :func:`load`."""
     settings = exported.model.model_copy(update={"encoder": _encoder_here(local, exported.model.encoder)})
     rae = build_rae(settings, exported.image_size)
     load_weights(rae, read_state_dict(local / WEIGHTS), f"{name}/{WEIGHTS}")
@@ -192,8 +221,10 @@ def _encoder_here(local: Path, entry: Any) -> Any:
 
 
 def includes_encoder(model: Model) -> bool:
-    """Whether an export's encoder lies in it."""
-    return _encoder_weights(model).split("/")[0] == ENCODER
+    """Whether an export's encoder lies in it; that one's plugin need not be registered."""
+    entries = [] if isinstance(model.encoder, str) else model.encoder.values()
+    values = [value for arguments in entries if isinstance(arguments, dict) for value in arguments.values()]
+    return any(isinstance(value, str) and value.split("/")[0] == ENCODER for value in values)
 
 
 def encoder_path(model: Model) -> str | None:
@@ -304,7 +335,7 @@ def new_folder(out: str, overwrite: bool = False) -> Iterator[Path]:
     if not out:
         raise UserError("OUT is empty; give a folder")
     if is_remote(out):
-        with TemporaryDirectory(prefix="rae-") as scratch, _uploaded(out, Path(scratch, "out"), overwrite) as folder:
+        with TemporaryDirectory(prefix="rae-") as scratch, _uploaded(out, Path(scratch), overwrite) as folder:
             yield folder
         return
     place = Path(out).resolve()
@@ -312,35 +343,41 @@ def new_folder(out: str, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(f"{out} is a file; give a folder")
     if place == Path.cwd():
         raise UserError(f"{out} is the folder that you are in, which cannot be replaced; give another")
-    _check_replaceable(out, {path.name for path in place.iterdir()} if place.exists() else set(), overwrite)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
-            folder = Path(scratch, "out")
-            folder.mkdir()
-            yield folder
-            if place.exists():
-                place.rename(Path(scratch, "before"))
-            folder.rename(place)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+    _check_replaceable(out, {path.name for path in place.iterdir()} if place.exists() else set(), place, overwrite)
+    with filled(place, f"cannot write to {out}", overwrite) as folder:
+        yield folder
 
 
-def _check_replaceable(out: str, names: set[str], overwrite: bool) -> None:
+def _check_replaceable(out: str, names: set[str], local: Path, overwrite: bool) -> None:
     if names and not overwrite:
         raise UserError(f"{out} exists; give another folder, or --overwrite to replace it")
     if foreign := sorted(names - OURS):
         raise UserError(f"{out} holds {foreign[0]}, which is no part of an export; give another folder")
+    if names and not _is_export(local):
+        raise UserError(f"{out} is no export, but another program's; give another folder")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether this program wrote a folder: ``config.json`` says so, or, of the formats of others, the model card."""
+    card = folder / CARD
+    if card.is_file() and OPENING in card.read_text(errors="replace"):
+        return True
+    try:
+        return read_json(folder / CONFIG, CONFIG).get("format") == "rae"
+    except UserError:
+        return False
 
 
 @contextmanager
-def _uploaded(out: str, folder: Path, overwrite: bool) -> Iterator[Path]:
-    remote = RemoteFolder(out)
+def _uploaded(out: str, scratch: Path, overwrite: bool) -> Iterator[Path]:
+    remote, folder = RemoteFolder(out), scratch / "out"
     try:
         before = set(remote.list())
+        for name in before & {CONFIG, CARD}:
+            remote.download(name, scratch / name)
     except Exception as error:
         raise UserError(f"cannot read {out}: {reason(error)}") from error
-    _check_replaceable(out, {name.split("/")[0] for name in before}, overwrite)
+    _check_replaceable(out, {name.split("/")[0] for name in before}, scratch, overwrite)
     remote.check_writable("OUT")
     folder.mkdir()
     yield folder

@@ -97,7 +97,7 @@ class ImageFolder:
 
     def list(self) -> Iterator[tuple[bytes, bool | None]]:
         """(name, None) for each image, in order; (folder, whether it holds anything) for each folder."""
-        if not Path(self.root).is_dir():
+        if not os.path.isdir(self.root):
             raise UserError(f"there is no folder {self.root!r}")
         yield from _walk(os.fsencode(self.root), b"", ())
 
@@ -271,7 +271,7 @@ def open_images(path: str, image_size: int, cache: str | Path | None = None, lim
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, not {limit}")
-    path = path.rstrip("/") or "/"
+    path = path.rstrip("/") or path[:1]
     if _holds_shards(path):
         return _open_shards(path, image_size, cache, limit)
     if is_image(path) and not os.path.isdir(path):
@@ -280,6 +280,8 @@ def open_images(path: str, image_size: int, cache: str | Path | None = None, lim
         return _Files(_OneImage(path), path.rpartition("/")[0] or ".", image_size, limit)
     if os.path.isfile(path):
         raise UserError(f"{path!r} is no image of a known format")
+    if _is_run(path):
+        raise UserError(f"{path!r} is a run's folder, whose pictures are its own; give the images that it is to see")
     return _Files(list_images(path, True), path, image_size, limit)
 
 
@@ -302,6 +304,14 @@ def _refuse_parent(path: str) -> None:
     inside = sorted(str(index.parent) for index in Path(path).glob(f"*/{INDEX}"))
     if inside and not os.path.isfile(f"{path}/{INDEX}"):
         raise UserError(f"{path!r} is no data set, but holds some; give one: {', '.join(inside[:4])}")
+
+
+def _is_run(path: str) -> bool:
+    """Whether a folder is that of a training run, which holds its configuration."""
+    try:
+        return "\nrun_dir:" in "\n" + Path(path, "config.yaml").read_text()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _open_shards(path: str, image_size: int, cache: str | Path | None, limit: int | None) -> Dataset:

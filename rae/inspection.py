@@ -69,7 +69,7 @@ def inspect(path: str, verify: bool = False) -> Report:
     Raises:
         UserError: there is nothing, or nothing that is known here.
     """
-    path = path.rstrip("/") or "/"
+    path = path.rstrip("/") or path[:1]
     with TemporaryDirectory(prefix="rae-") as scratch:
         if path.endswith((".pt", ".pth")):
             return _file(local_file(path, Path(scratch)), path)

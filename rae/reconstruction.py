@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import statistics
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from rae.layers import fixed_latent_noise
 from rae.metrics import OFFLINE
 from rae.model import RAE, quantize, to_float
 from rae.registry import UserError, build
+from rae.storage import filled
 
 SCALE = 64
 """Grey levels (of 255) at the top of a difference map's scale; larger differences have its colour."""
@@ -398,18 +398,8 @@ def whole_folder(out: str, overwrite: bool = False) -> Iterator[Path]:
             raise UserError(f"--out {out} already exists; give another place, or --overwrite to replace it")
     elif path.exists() and not path.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with filled(path, f"--out {out} cannot be written", overwrite) as folder:
+        yield folder
 
 
 def build_figures(

@@ -101,7 +101,11 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def open_source(
-    source: str, weights: str = "ema", device: str | torch.device = "cpu", overrides: Iterable[str] = ()
+    source: str,
+    weights: str = "ema",
+    device: str | torch.device = "cpu",
+    overrides: Iterable[str] = (),
+    imports: bool = False,
 ) -> Source:
     """Open an autoencoder.
 
@@ -110,13 +114,14 @@ def open_source(
             beside it, a run's YAML, or an exported or diffusers folder; local or a URL; or an export on the hub.
         weights: ``ema`` (the live ones where there is no average) or ``live``.
         overrides: ``key.sub=value`` over its configuration.
+        imports: of an export; see :func:`rae.exports.load`. A run's own configuration says what is imported.
 
     Raises:
         UserError: there is no autoencoder in it; what was found, and what would do.
     """
-    source, overrides = source.rstrip("/") or "/", list(overrides)
+    source, overrides = source.rstrip("/") or source[:1], list(overrides)
     with TemporaryDirectory(prefix="rae-") as scratch:
-        opened = _open(source, weights, overrides, Path(scratch))
+        opened = _open(source, weights, overrides, Path(scratch), imports)
     opened.rae.eval().to(device)
     return opened
 
@@ -136,8 +141,13 @@ def open_discriminator(source: Source, device: str | torch.device = "cpu") -> nn
     return discriminator.eval().to(device)
 
 
-def open_encoder(source: str, overrides: Iterable[str] = ()) -> tuple[Encoder, int, Config | None]:
+def open_encoder(
+    source: str, overrides: Iterable[str] = (), imports: bool = False
+) -> tuple[Encoder, int, Config | None]:
     """The frozen encoder of a source, its image size, and the run's configuration; a run's YAML is enough.
+
+    Args:
+        source, overrides, imports: as :func:`open_source`.
 
     Raises:
         UserError: as :func:`open_source`.
@@ -146,20 +156,20 @@ def open_encoder(source: str, overrides: Iterable[str] = ()) -> tuple[Encoder, i
         config = load_config(source, overrides)
         import_plugins(config.imports)
         return build("encoder", config.model.encoder, "model.encoder"), config.data.image_size, config
-    opened = open_source(source, overrides=overrides)
+    opened = open_source(source, overrides=overrides, imports=imports)
     return opened.rae.encoder.network, opened.image_size, opened.config  # type: ignore[return-value]
 
 
-def _open(source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
+def _open(source: str, weights: str, overrides: list[str], scratch: Path, imports: bool) -> Source:
     parent, name = _split(source)
     if source.endswith(".pt"):
         if name == STATE and is_name(_split(parent)[1]):
-            return _open(parent, weights, overrides, scratch)
+            return _open(parent, weights, overrides, scratch, imports)
         return _open_file(source, weights, overrides, scratch)
     if source.endswith((".yaml", ".yml")):
         return _open_yaml(source, weights, overrides, scratch)
     if exports.may_be_on_hub(source):
-        return _open_export(source, weights, overrides, scratch)
+        return _open_export(source, weights, overrides, scratch, imports)
     names = list_names(source)
     if is_name(name):
         listed = [checkpoint for checkpoint in _listed(parent) if checkpoint.name == name]
@@ -167,11 +177,11 @@ def _open(source: str, weights: str, overrides: list[str], scratch: Path) -> Sou
     if any(is_name(each.split("/")[0]) for each in names):
         return _open_newest([(source, each) for each in _listed(source)], source, weights, overrides, scratch)
     if exports.CONFIG in names:
-        return _open_export(source, weights, overrides, scratch)
+        return _open_export(source, weights, overrides, scratch, imports)
     if CONFIG in names and not is_remote(source):
         return _open_run(source, weights, overrides, scratch)
     if any(each.split("/")[0] == "checkpoints" for each in names):
-        return _open(f"{source}/checkpoints", weights, overrides, scratch)
+        return _open(f"{source}/checkpoints", weights, overrides, scratch, imports)
     raise UserError(f"{source}: {_what_it_is(names)}")
 
 
@@ -385,7 +395,7 @@ def _explained(source: str, build_it: Any) -> RAE:
         raise UserError(f"{source}: {error}; --set KEY=VALUE overrides what its configuration says") from error
 
 
-def _open_export(source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
+def _open_export(source: str, weights: str, overrides: list[str], scratch: Path, imports: bool) -> Source:
     local = exports.local_folder(source, scratch)
     content = exports.read_json(local / exports.CONFIG, f"{source}/{exports.CONFIG}")
     if "_class_name" in content:
@@ -396,6 +406,7 @@ def _open_export(source: str, weights: str, overrides: list[str], scratch: Path)
     about = exports.read_exported(local, source, overrides)
     if weights == "live" and about.weights == "ema":
         raise UserError(f"{source} holds averaged weights only; export the run again with --weights live")
+    exports.import_encoder(about, source, imports)
     rae = _explained(source, lambda: exports.build_exported(local, about, source))
     known = {key: getattr(about, key) for key in ("name", "weights", "model", "imports", "trained", "figures")}
     return Source(rae, about.image_size, config=_run_config(local), **known)

@@ -4,6 +4,7 @@ The stores themselves are Composer's (``s3://``, ``gs://``, ``oci://``, ``azure:
 """
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -20,6 +21,7 @@ from rae.registry import UserError
 _S3_CLIENT = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 3}}
 _S3_SETTINGS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_REGION")
 _DELETABLE = ("s3", "gs")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REASONS = {  # what S3's servers and boto3 say -> what that means to the user
     "NoSuchBucket": "there is no such bucket; create it, or mend the name",
     "InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|ExpiredToken|AuthFailure": (
@@ -162,23 +164,64 @@ def written(out: str, where: str) -> Iterator[Path]:
         UserError: it cannot be written.
     """
     folder, _, name = out.rpartition("/")
-    folder = folder if folder or not out.startswith("/") else "/"
     if not name or os.path.isdir(out):
         raise UserError(f"{where}: {out!r} is a folder; give a file's name")
-    remote = RemoteFolder(folder) if "://" in out else None
-    if remote:
+    fault = f"{where}: cannot write {out}"
+    if "://" in out:
+        remote = RemoteFolder(folder)
         remote.check_writable(where)
-    try:
-        if not remote:
-            Path(folder or ".").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".rae-", dir=None if remote else folder or ".") as scratch:
+        with tempfile.TemporaryDirectory(prefix="rae-") as scratch:
             yield Path(scratch, name)
-            if remote:
+            try:
                 remote.upload(Path(scratch, name), name)
-            else:
-                os.replace(Path(scratch, name), out)
+            except Exception as error:
+                raise UserError(f"{fault}: {reason(error)}") from error
+        return
+    with _scratch_beside(Path(out), fault) as beside:
+        yield beside / name
+        os.replace(beside / name, out)
+
+
+@contextlib.contextmanager
+def filled(place: Path, fault: str, replace: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes ``place`` at the context's end, wholly or not at all.
+
+    Args:
+        place: a local folder.
+        fault: what a message about a failed write begins with.
+        replace: what is in ``place`` by then; otherwise that is an error.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with _scratch_beside(place, fault) as scratch:
+        folder = scratch / "out"
+        folder.mkdir()
+        yield folder
+        if replace and place.exists():
+            place.rename(scratch / "before")
+        folder.rename(place)
+
+
+@contextlib.contextmanager
+def _scratch_beside(place: Path, fault: str) -> Iterator[Path]:
+    """A folder on the disk of ``place``; errors of writing into it, and of no other kind, are the user's to mend."""
+    place = place.absolute()
+    try:
+        with contextlib.suppress(FileExistsError):  # be it a folder or not
+            place.parent.mkdir(parents=True)
+        made = tempfile.TemporaryDirectory(prefix=".rae-", dir=place.parent)
     except OSError as error:
-        raise UserError(f"{where}: cannot write {out}: {error.strerror or error}") from error
+        raise UserError(f"{fault}: {error.strerror}") from error
+    with made as scratch:
+        try:
+            yield Path(scratch)
+        except OSError as error:
+            inside = any(str(name).startswith(scratch) for name in (error.filename, error.filename2))
+            full = error.filename is None and error.errno in _FULL  # a write to an open file fails without its name
+            if not inside and not full:
+                raise
+            raise UserError(f"{fault}: {error.strerror}") from error
 
 
 @functools.lru_cache(8)

@@ -79,6 +79,9 @@ def test_the_command_finds_what_training_found_whatever_the_batches(trained, tmp
         (["{run}", "--compare"], "--compare takes two sources"),
         (["{run}", "--limit", "1"], "a Fréchet distance needs two images"),
         (["{run}", "--data", "absent"], "there is no folder 'absent'"),
+        (["{run}", "--data", "{run}"], "'{run}' is a run's folder"),
+        (["{run}", "--data", ""], "DATA is empty"),
+        (["{run}", ""], "SOURCES is empty"),
         (["{run}", "--data", "{shards}"], "holds some; give one: {shards}/eval"),
         (["{run}", "--json", "{run}"], "--json: '{run}' is a folder"),
         (["{shards}/eval"], "a data set, not an autoencoder"),
@@ -155,6 +158,9 @@ def test_stats_are_exact_whatever_the_batches_and_go_to_a_bucket(trained, shards
         assert (stored["mean"] - latent.mean(0)).abs().max() < 1e-6
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["stat.pt"]
     main(["stats", str(trained), str(tmp_path / "new/stat.pt"), "--limit", "3"])  # a file of its own is replaced
+    with pytest.raises(SystemExit):
+        main(["stats", yaml, f"{tmp_path}/x.pt", "--weights", "live"])
+    assert "unrecognized arguments: --weights live" in capsys.readouterr().err
     shutil.copy(next((trained / "checkpoints").glob("*/state.pt")), tmp_path)
     for words, told in (
         (["out.txt"], "must end in .pt"),

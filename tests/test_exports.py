@@ -1,6 +1,7 @@
 """Weights out and in: our exports, published files, and diffusers folders, read by diffusers itself."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rae
+from rae import registry
 from rae.__main__ import main
 from rae.checkpoints import CONFIG, METRICS, STATE, in_form, seal
 from rae.config import Model
@@ -196,6 +198,7 @@ def test_export_and_load(undisturbed, trained, tmp_path, capsys):
 def test_an_export_takes_its_place_wherever_that_is(tmp_path, monkeypatch):
     (tmp_path / "real").mkdir()
     (tmp_path / "real/model.pt").touch()
+    (tmp_path / "real/config.json").write_text('{"format": "rae"}')
     (tmp_path / "link").symlink_to("real")
     for out, overwrite in ((f"{tmp_path}/link", True), (f"{tmp_path}/real/../new", False)):
         with new_folder(out, overwrite) as folder:
@@ -207,6 +210,92 @@ def test_an_export_takes_its_place_wherever_that_is(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is the folder that you are in"), new_folder(".", True):
         pass
     assert (tmp_path / "real/config.json").is_file()
+
+
+def test_only_what_this_program_wrote_is_replaced(tmp_path, s3, monkeypatch):
+    for name, value in s3.env().items():
+        monkeypatch.setenv(name, value)
+    source = make_source(make_encoder("mae", tmp_path / "mae"), True, patch_size=4)
+    for layout in ("rae", "published", "diffusers"):
+        export(source, str(tmp_path / layout), layout)
+        export(source, str(tmp_path / layout), "rae", overwrite=True)
+        assert json.loads((tmp_path / layout / "config.json").read_text())["format"] == "rae"
+    (tmp_path / "rae/README.md").write_text("my own words")
+    (tmp_path / "diffusers/config.json").unlink()  # as an upload that was cut short leaves it
+    for layout in ("rae", "diffusers"):
+        export(source, str(tmp_path / layout), layout, overwrite=True)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "mae" / file, theirs)
+        s3.client().upload_file(str(theirs / file), "images", f"theirs/{file}")
+    (theirs / "README.md").write_text("---\nlibrary_name: transformers\n---\n")
+    for out in (str(theirs), "s3://images/theirs"):
+        with pytest.raises(UserError, match=f"^{out} is no export, but another program's; give another folder$"):
+            export(source, out, overwrite=True)
+    assert json.loads((theirs / "config.json").read_text())["model_type"] == "vit_mae"
+    assert s3.keys("theirs") == ["theirs/config.json", "theirs/model.safetensors"]
+
+
+PLUGIN = """
+from pathlib import Path
+import torch
+from rae.encoders import Encoder
+from rae.registry import register
+
+Path(__file__).with_suffix(".ran").touch()
+
+@register("encoder", "patch_means")
+class PatchMeans(Encoder):
+    def __init__(self):
+        super().__init__(3, 64, 8, [0.5] * 3, [0.5] * 3)
+    def tokens(self, image):
+        return torch.nn.functional.avg_pool2d(image, 8).flatten(2).transpose(1, 2)
+"""
+
+
+def test_what_an_export_names_is_imported_only_when_the_user_says_so(tmp_path, monkeypatch, capsys):
+    registry.plugins("encoder")
+    monkeypatch.setitem(registry._plugins, "encoder", dict(registry._plugins["encoder"]))
+    mine, out, ran = tmp_path / "mine.py", str(tmp_path / "out"), tmp_path / "mine.ran"
+    mine.write_text(PLUGIN)
+    registry.import_plugins([str(mine)])
+    source = make_source({"patch_means": {}}, False, patch_size=8)
+    source.imports = [str(mine)]
+    export(source, out)
+    assert recon(rae.load(out)).equal(recon(source.rae))  # registered already
+    ran.unlink()
+
+    def forget():
+        registry._plugins["encoder"].pop("patch_means", None)
+        monkeypatch.delitem(sys.modules, source.rae.encoder.network.__module__, raising=False)
+
+    forget()
+    told = f"out: its encoder 'patch_means' needs '{mine}' of this machine; .* --imports, or rae.load"
+    for command in (["export", out, f"{out}-2"], ["stats", out, f"{out}.pt"]):
+        with pytest.raises(SystemExit) as end:
+            main(command)
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and re.search(told, line) and line.count("\n") == 1
+    with pytest.raises(UserError, match=told):
+        rae.load(out)
+    monkeypatch.setenv("COLUMNS", "300")
+    main(["inspect", out])
+    assert str(mine) in capsys.readouterr().out and not ran.exists()
+    assert recon(rae.load(out, imports=True)).equal(recon(source.rae)) and ran.exists()
+    forget()
+    main(["export", out, f"{out}-2", "--imports"])
+    assert json.loads(Path(f"{out}-2/config.json").read_text())["imports"] == [str(mine)]
+
+
+def test_an_export_that_needs_no_plugin_is_loaded_whatever_it_names(tmp_path):
+    source = make_source(TINY["mae"], False, patch_size=16)
+    export(source, str(tmp_path / "out"))
+    told = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "evil.py").write_text("raise SystemExit")
+    (tmp_path / "out/config.json").write_text(json.dumps({**told, "imports": [str(tmp_path / "evil.py")]}))
+    assert recon(rae.load(tmp_path / "out")).equal(recon(source.rae))
+    assert recon(rae.load(tmp_path / "out", imports=True)).equal(recon(source.rae))
 
 
 def test_self_contained_exports(tmp_path):

@@ -56,6 +56,8 @@ def test_a_bucket_gives_the_same(shards, s3, monkeypatch):
         ("notes.txt", "'notes.txt' is no image of a known format"),
         ("empty", "there are no images below 'empty'"),
         ("sets", "holds some; give one: sets/val"),
+        ("run", "'run' is a run's folder"),
+        ("", "there is no folder ''"),
         ("s3x://bucket/a", "no known kind of storage"),
     ],
 )
@@ -63,6 +65,8 @@ def test_what_holds_no_images_is_said(path, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("none")
     (tmp_path / "empty").mkdir()
+    write_images(tmp_path / "run/pictures", 1)
+    (tmp_path / "run/config.yaml").write_text("run_name: mine\nrun_dir: run\n")
     (tmp_path / "sets/val").mkdir(parents=True)
     (tmp_path / "sets/val/index.json").write_text("{}")
     with pytest.raises(UserError, match=told):

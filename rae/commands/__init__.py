@@ -7,18 +7,20 @@ import argparse
 import os
 
 
-def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:
+def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True, weights: bool = True) -> None:
     """The options of every command that opens an autoencoder; see :func:`rae.sources.open_source`.
 
     Args:
         device: whether it computes.
+        weights: whether it uses a run's decoder.
     """
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "live"),
-        default="ema",
-        help="the average of a run's weights, or its last ones (default: ema, where there is an average)",
-    )
+    if weights:
+        parser.add_argument(
+            "--weights",
+            choices=("ema", "live"),
+            default="ema",
+            help="the average of a run's weights, or its last ones (default: ema, where there is an average)",
+        )
     if device:
         parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU, if there is one)")
     parser.add_argument(
@@ -28,6 +30,9 @@ def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True) -
         default=[],
         metavar="KEY=VALUE",
         help="override a key of the source's configuration, e.g. model.encoder.dinov2.pretrained=PATH",
+    )
+    parser.add_argument(
+        "--imports", action="store_true", help="import the modules that an export's encoder needs: run their code"
     )
 
 

@@ -94,7 +94,8 @@ def _evaluate(arguments: argparse.Namespace, device: Any) -> "tuple[list[Evaluat
     from rae.images import open_images
     from rae.sources import open_source
 
-    opened = [open_source(name, arguments.weights, "cpu", arguments.overrides) for name in arguments.sources]
+    options = (arguments.weights, "cpu", arguments.overrides, arguments.imports)
+    opened = [open_source(name, *options) for name in arguments.sources]
     configs = [source.config for source in opened]
     metrics, said = choose_metrics(arguments.metrics, next((c.metrics for c in configs if c and c.metrics), None))
     data, limit = (arguments.data, None) if arguments.data else data_of(opened)

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rae.handover import export
     from rae.sources import open_source
 
-    source = open_source(arguments.source, arguments.weights, overrides=arguments.overrides)
+    source = open_source(arguments.source, arguments.weights, overrides=arguments.overrides, imports=arguments.imports)
     source.name = arguments.name or source.name
     about = export(
         source, arguments.out, arguments.format, arguments.with_encoder, arguments.stats, arguments.overwrite

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     device = pick_device(arguments.device)
     with whole_folder(arguments.out, arguments.overwrite) as folder:
-        source = open_source(arguments.source, arguments.weights, device, arguments.overrides)
+        source = open_source(arguments.source, arguments.weights, device, arguments.overrides, arguments.imports)
         size = arguments.size or source.image_size
         images = ConcatDataset([open_images(path, size, limit=arguments.limit) for path in arguments.images])
         evaluated = source.config.metrics if source.config else {}

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="the first N images only")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load (default: 8, or one a core)")
-    add_source_arguments(parser)
+    add_source_arguments(parser, weights=False)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_replaceable(arguments.out)
     device = pick_device(arguments.device)
     join_ranks()
-    encoder, image_size, config = open_encoder(arguments.source, arguments.overrides)
+    encoder, image_size, config = open_encoder(arguments.source, arguments.overrides, arguments.imports)
     data = arguments.data or (config and config.data.train.path)
     if not data:
         raise UserError("--data is required: MDS shards or a folder of images")
