@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from rae.config import Config, is_remote
 from rae.registry import UserError
 from rae.shards import INDEX, Place
@@ -97,8 +94,6 @@ def epoch_images(config: Config, found: list[DataSet]) -> int | None:
     return int(total)
 
 
-def latent_of(shape: tuple[int, ...], found: list[DataSet]) -> Tensor | None:
-    """A latent of the training data, without values, if the data hold latents."""
-    if not any(each.latent for each in found if each.name.startswith("data.train")):
-        return None
-    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+def hold_latents(found: list[DataSet]) -> bool:
+    """Whether the data to train on do."""
+    return any(each.latent for each in found if each.name.startswith("data.train"))

@@ -2,7 +2,8 @@
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from composer import Time
 from rae.config import Config, is_remote, load_config
 from rae.encoders.architectures import PUBLISHED
 from rae.plan.clock import Clock
-from rae.plan.data import DataSet, epoch_images, latent_of, survey
+from rae.plan.data import DataSet, epoch_images, hold_latents, survey
 from rae.plan.gpus import GPU, chosen
 from rae.plan.step import Layout, Simulation
-from rae.registry import UserError
+from rae.registry import UserError, find
 from rae.run import check, save_folder
 
 RESERVE = 2e9
@@ -46,11 +47,18 @@ class Phase:
 
     Args:
         begin, end: in steps.
+        gflops: of an image, by network.
     """
 
     name: str
     begin: int
     end: int
+    gflops: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations an image."""
+        return sum(self.gflops.values()) * 1e9
 
 
 def plan(yaml: str, overrides: list[str], options: Options) -> dict[str, Any]:
@@ -75,7 +83,8 @@ def plan(yaml: str, overrides: list[str], options: Options) -> dict[str, Any]:
     if clock.steps_per_epoch < 1:
         raise UserError(f"data.batch_size: an epoch of {images:,} images is less than one batch")
     phases = phases_of(config, clock)
-    steps = _steps(config, clock, phases, sizes, gpus, gpus // replicas, found)
+    layouts = {"ddp": 1, "fsdp": gpus // replicas} if gpus > 1 else {"ddp": 1}
+    parameters, memory, saved = _simulate(config, clock, phases, sizes, layouts, found)
     return {
         "run": config.run_name,
         "gpus": gpus,
@@ -84,16 +93,15 @@ def plan(yaml: str, overrides: list[str], options: Options) -> dict[str, Any]:
         "encoder": _encoder_source(config),
         "data": [vars(each) for each in found],
         "images": images,
-        **steps,
-        "phases": _phases(phases, clock, steps["gflops"]),
+        "parameters": parameters,
+        "gflops": [phase.gflops for phase in phases],
+        "memory": memory,
+        "phases": _phases(phases, clock),
         "steps": clock.steps if clock.known else None,
-        "checkpoints": _checkpoints(config, clock, steps.pop("checkpoint")),
-        "hours": _hours(config, clock, phases, steps["gflops"], gpus, options.utilisation, kinds, steps["memory"]),
+        "checkpoints": _checkpoints(config, clock, saved),
+        "hours": _hours(config, clock, phases, gpus, options.utilisation, kinds, memory),
         "utilisation": options.utilisation,
-        "measured": [
-            *_bench(options.bench, clock, phases, steps["gflops"]),
-            *_log(config, clock, phases, steps["gflops"]),
-        ],
+        "measured": [*_bench(options.bench, clock, phases), *_log(config, clock, phases)],
     }
 
 
@@ -125,10 +133,6 @@ def phases_of(config: Config, clock: Clock) -> list[Phase]:
 
 
 def _starts(name: str, arguments: dict[str, Any]) -> dict[str, str]:
-    from inspect import signature
-
-    from rae.registry import find
-
     parameters = signature(find("algorithm", name, "algorithms")).parameters
     keys = [key for key in ("start", "discriminator_start") if key in parameters]
     times = {key: arguments.get(key, parameters[key].default) for key in keys}
@@ -147,118 +151,67 @@ def _phase_name(starts: dict[tuple[str, str], int], begin: int) -> str:
     return f"{name}, without {', '.join(late)}" if late else name
 
 
-def _steps(
+def _simulate(
     config: Config,
     clock: Clock,
     phases: list[Phase],
     sizes: dict[str, int],
-    gpus: int,
-    shards: int,
+    layouts: dict[str, int],
     found: list[DataSet],
-) -> dict[str, Any]:
-    """Parameters, operations and memory: what the simulated steps show."""
-    last, checkpointing = phases[-1].begin, config.model.decoder.activation_checkpointing
-    images, several = sizes["microbatch"], sizes["microbatches"] > 1
-    base = Layout(checkpointing=checkpointing)
-    with Simulation(config, clock, base) as simulation:
-        latent = simulation.latent = latent_of(simulation.model.rae.latent_shape, found)
-        gflops = [simulation.operations(phase.begin) for phase in phases[:-1]]
-        with simulation.counting() as counts:
-            bytes_ = simulation.step(last, images, several)
-        gflops.append({name: count / images for name, count in counts.items()})
-        held, parameters, saved = simulation.held(), simulation.parameters(), simulation.saved()
-    rest = Rest.of(config, bytes_, held, sizes)
-    memory, wanted = {}, config.parallelism if gpus > 1 else "ddp"
-    bare = config.model_copy(update={"algorithms": {}})
-    for parallelism, spread in {"ddp": 1, "fsdp": shards}.items() if gpus > 1 else {"ddp": 1}.items():
-        for computed_again in (False, True):
-            layout = Layout(spread, computed_again)
-            whole, own = layout == base, held
-            found_bytes = bytes_
-            if not whole:
-                with Simulation(bare, clock, layout, latent) as simulation:
-                    found_bytes = simulation.step(0, images, several)
-                    own = simulation.held()
-            row = rest.total(found_bytes, own, whole, gpus > 1 and parallelism == "ddp")
-            row["configured"] = (parallelism, computed_again) == (wanted, checkpointing)
-            memory[f"{parallelism}{', checkpointing' if computed_again else ''}"] = row
-    return {
-        "parameters": parameters,
-        "gflops": [_giga(counts) for counts in gflops],
-        "memory": memory,
-        "checkpoint": saved,
-    }
-
-
-def _giga(counts: dict[str, float]) -> dict[str, float]:
-    return {name: count / 1e9 for name, count in counts.items()}
-
-
-@dataclass
-class Rest:
-    """What algorithms add to the bytes of a step without them, measured once: it is the same in every layout.
+) -> tuple[dict[str, tuple[int, bool]], dict[str, dict[str, Any]], int]:
+    """Take steps in every layout: parameters, memory, and bytes of a checkpoint; phases get their operations.
 
     Args:
-        losses: while they work on the loss, beside what the model holds. end: at the end of the step.
-        kept: for the backward pass.
-        waiting: bytes of the microbatches that were not simulated, held until the end of the step; ``pairs`` are their
-            images and reconstructions, when the discriminator has its turn.
-        held: what the layout without algorithms is to be completed with.
+        layouts: ``ddp`` and ``fsdp`` -> GPUs that share a copy of the weights.
     """
-
-    losses: int
-    end: int
-    kept: int
-    waiting: int
-    pairs: int
-    held: dict[str, int]
-
-    @classmethod
-    def of(cls, config: Config, bytes_: dict[str, int], held: dict[str, int], sizes: dict[str, int]) -> "Rest":
-        more = sizes["microbatches"] - 1
-        pair = 2 * sizes["microbatch"] * 3 * config.data.image_size**2 * 4  # fp32
-        return cls(
-            losses=bytes_["losses"] - bytes_["before losses"],
-            end=bytes_["end"] - bytes_["before end"],
-            kept=bytes_["kept"],
-            waiting=bytes_["held"] * more if more else 0,
-            pairs=pair * more if "adversarial" in config.algorithms else 0,
-            held=held,
-        )
-
-    def total(self, bytes_: dict[str, int], own: dict[str, int], whole: bool, buckets: bool) -> dict[str, Any]:
-        """Bytes of a GPU, by what they are for; ``total`` is the most that lives at a time.
-
-        Args:
-            whole: the step had the algorithms in it.
-            buckets: DDP copies the gradients into buckets to send them.
-        """
-        held = {**own, "weight average": self.held["weight average"] and own["weights"]}
-        held |= {key: self.held[key] for key in ("discriminator's heads", "frozen networks")}
-        others = 0 if whole else sum(held.values()) - sum(own.values())
-        peaks = {
-            "forward": bytes_["forward"] + self.waiting,
-            "losses": bytes_["before losses"] + self.losses + self.waiting,
-            "backward": bytes_["backward"] + (0 if whole else self.kept) + self.waiting,
-            "optimizer": bytes_["optimizer"] + self.waiting,
-            "end": bytes_["before end"] + self.end + self.waiting + self.pairs,
-        }
-        held["DDP's buckets"] = own["weights"] if buckets else 0
-        where = max(peaks, key=peaks.__getitem__)
-        total = peaks[where] + others + held["DDP's buckets"]
-        return {**held, "activations": total - sum(held.values()), "total": total, "peak in": where}
+    images, several = sizes["microbatch"], sizes["microbatches"] > 1
+    wanted = (config.parallelism if len(layouts) > 1 else "ddp", config.model.decoder.activation_checkpointing)
+    memory = {}
+    for parallelism, shards in layouts.items():
+        for checkpointing in (False, True):
+            with Simulation(config, clock, Layout(shards, checkpointing), hold_latents(found)) as simulation:
+                held = simulation.held()
+                if (parallelism, checkpointing) == ("ddp", wanted[1]):
+                    parameters, saved = simulation.parameters(), simulation.saved()
+                    for phase in phases:
+                        counts = simulation.operations(phase.begin)
+                        phase.gflops = {name: count / 1e9 for name, count in counts.items()}
+                bytes_ = simulation.step(phases[-1].begin, images, several)
+            row = _memory(config, sizes, held, bytes_, buckets=len(layouts) > 1 and parallelism == "ddp")
+            row["configured"] = (parallelism, checkpointing) == wanted
+            memory[f"{parallelism}{', checkpointing' if checkpointing else ''}"] = row
+    return parameters, memory, saved
 
 
-def _phases(phases: list[Phase], clock: Clock, gflops: list[dict[str, float]]) -> list[dict[str, Any]]:
+def _memory(
+    config: Config, sizes: dict[str, int], held: dict[str, int], bytes_: dict[str, int], buckets: bool
+) -> dict[str, Any]:
+    """Bytes of a GPU, by what they are for; ``total`` is the most that lives at a time.
+
+    Args:
+        held, bytes_: what :class:`Simulation` found; the step's other microbatches are held until its end.
+        buckets: DDP copies the gradients into buckets to send them.
+    """
+    more = sizes["microbatches"] - 1
+    peaks = {part: bytes_[part] for part in ("forward", "losses", "backward", "optimizer", "end")}
+    if "adversarial" in config.algorithms:  # has all images and reconstructions at its turn, in fp32
+        peaks["end"] += more * 2 * sizes["microbatch"] * 3 * config.data.image_size**2 * 4
+    where = max(peaks, key=peaks.__getitem__)
+    held = {**held, "DDP's buckets": held["weights"] if buckets else 0}
+    total = peaks[where] + more * bytes_["held"] + held["DDP's buckets"]
+    return {**held, "activations": total - sum(held.values()), "total": total, "peak in": where}
+
+
+def _phases(phases: list[Phase], clock: Clock) -> list[dict[str, Any]]:
     return [
         {
             "name": phase.name,
             "begin": phase.begin if clock.known else None,
             "end": phase.end if clock.known else None,
             "share": (phase.end - phase.begin) / clock.steps,
-            "gflops": sum(counts.values()),
+            "gflops": phase.operations / 1e9,
         }
-        for phase, counts in zip(phases, gflops, strict=True)
+        for phase in phases
     ]
 
 
@@ -294,58 +247,56 @@ def _hours(
     config: Config,
     clock: Clock,
     phases: list[Phase],
-    gflops: list[dict[str, float]],
     gpus: int,
     utilisation: float,
     kinds: dict[str, GPU],
     memory: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     configured = next(each for each in memory.values() if each["configured"])
-    images = {phase.name: (phase.end - phase.begin) * clock.batch_size for phase in phases}
-    hours = {}
+    found = {}
     for name, gpu in kinds.items():
-        rate = gpus * gpu.rate(config.trainer["precision"]) * utilisation
-        seconds = {
-            phase.name: images[phase.name] * sum(counts.values()) * 1e9 / rate
-            for phase, counts in zip(phases, gflops, strict=True)
-        }
-        hours[name] = {
+        peak = gpu.rate(config.trainer["precision"])
+        rates = {phase.name: gpus * peak * utilisation / phase.operations for phase in phases}
+        hours = _hours_of(clock, phases, rates)
+        found[name] = {
             "memory": gpu.memory,
-            "tflops": gpu.rate(config.trainer["precision"]) / 1e12,
+            "tflops": peak / 1e12,
             "fits": configured["total"] + RESERVE <= gpu.memory * 1e9,
             "layouts that fit": [n for n, each in memory.items() if each["total"] + RESERVE <= gpu.memory * 1e9],
-            "images a second": {p.name: rate / sum(c.values()) / 1e9 for p, c in zip(phases, gflops, strict=True)},
-            "hours": {name: s / 3600 for name, s in seconds.items()} if clock.known else None,
-            "total": sum(seconds.values()) / 3600 if clock.known else None,
+            "images a second": rates,
+            "hours": hours,
+            "total": _total(hours),
         }
-    return hours
+    return found
 
 
-def _bench(path: Path, clock: Clock, phases: list[Phase], gflops: list[dict[str, float]]) -> list[dict[str, Any]]:
+def _hours_of(clock: Clock, phases: list[Phase], rates: dict[str, float]) -> dict[str, float] | None:
+    """Hours of each phase at so many images a second; None where the run's length is not known."""
+    if not clock.known:
+        return None
+    return {p.name: (p.end - p.begin) * clock.batch_size / rates[p.name] / 3600 for p in phases}
+
+
+def _total(hours: dict[str, float] | None) -> float | None:
+    return None if hours is None else sum(hours.values())
+
+
+def _bench(path: Path, clock: Clock, phases: list[Phase]) -> list[dict[str, Any]]:
     """What the last benchmark measured, and how long this run would take at that rate."""
     try:
         found = json.loads(path.read_text())
         measured = found["limits"]["phases"]
-        rates = {name: float(row["GFLOP/s"]) for name, row in measured.items()}
+        rate = statistics.median(float(row["GFLOP/s"]) for row in measured.values())
         where = found["machine"]["processor"]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError):
         return [{"source": str(path), "note": "it holds no rates; make bench measures them"}]
-    rate = statistics.median(rates.values()) * 1e9
-    total = _run_seconds(clock, phases, gflops, lambda _, per_image: per_image / rate)
-    return [{"source": f"{path} ({where})", "gflops a second": rate / 1e9, "hours": total}]
+    hours = _hours_of(clock, phases, {phase.name: rate * 1e9 / phase.operations for phase in phases})
+    return [{"source": f"{path} ({where})", "gflops a second": rate, "hours": _total(hours)}]
 
 
-def _run_seconds(clock: Clock, phases: list[Phase], gflops: list[dict[str, float]], seconds: Any) -> float | None:
-    if not clock.known:
-        return None
-    images = [(phase.end - phase.begin) * clock.batch_size for phase in phases]
-    operations = [sum(counts.values()) * 1e9 for counts in gflops]
-    return sum(n * seconds(p, f) for n, p, f in zip(images, phases, operations, strict=True)) / 3600
-
-
-def _log(config: Config, clock: Clock, phases: list[Phase], gflops: list[dict[str, float]]) -> list[dict[str, Any]]:
+def _log(config: Config, clock: Clock, phases: list[Phase]) -> list[dict[str, Any]]:
     """What this run's own log measured (``speed_monitor``), phase by phase, and the hours that it makes."""
     path = Path(config.run_dir, "metrics.jsonl")
     rates: dict[str, list[float]] = {}
@@ -355,18 +306,14 @@ def _log(config: Config, clock: Clock, phases: list[Phase], gflops: list[dict[st
     if not rates:
         return []
     middle = {name: statistics.median(values) for name, values in rates.items()}
-    operations = {phase.name: sum(counts.values()) * 1e9 for phase, counts in zip(phases, gflops, strict=True)}
-    per_second = statistics.median(rate * operations[name] for name, rate in middle.items())
-
-    def seconds(phase: Phase, per_image: float) -> float:
-        return 1 / middle[phase.name] if phase.name in middle else per_image / per_second
-
+    speed = statistics.median(middle[phase.name] * phase.operations for phase in phases if phase.name in middle)
+    hours = _hours_of(clock, phases, {phase.name: speed / phase.operations for phase in phases} | middle)
     return [
         {
             "source": str(path),
             "images a second": middle,
-            "gflops a second": per_second / 1e9,
-            "hours": _run_seconds(clock, phases, gflops, seconds),
+            "gflops a second": speed / 1e9,
+            "hours": _total(hours),
         }
     ]
 

@@ -7,6 +7,7 @@ it treats this step's matrix products, convolutions and attention as the GPU's d
 """
 
 import bisect
+import os
 import warnings
 import weakref
 from collections import Counter
@@ -224,11 +225,11 @@ class Simulation:
         config: the run's.
         clock: where training is at which step.
         layout: see :class:`Layout`.
-        latent: shape and type of the latents that the data hold, or None: then the encoder runs.
+        latents: the data hold them, so that the encoder does not run.
     """
 
-    def __init__(self, config: Config, clock: Clock, layout: Layout, latent: Tensor | None = None):
-        self.config, self.clock, self.layout, self.latent = config, clock, layout, latent
+    def __init__(self, config: Config, clock: Clock, layout: Layout, latents: bool = False):
+        self.config, self.clock, self.layout, self.latents = config, clock, layout, latents
         self.meter = Meter()
         self.fake = FakeTensorMode()
 
@@ -293,17 +294,16 @@ class Simulation:
         size = self.config.data.image_size
         image = torch.empty(images, 3, size, size, dtype=torch.uint8).to(memory_format=torch.channels_last)
         batch = {"image": image, "label": torch.empty(images, dtype=torch.int64)}
-        if self.latent is not None:
-            batch["latent"] = torch.empty(images, *self.latent.shape, dtype=self.latent.dtype)
+        if self.latents:
+            batch["latent"] = torch.empty(images, *self.model.rae.latent_shape, dtype=torch.bfloat16)
         return batch
 
     def step(self, at: int, images: int, accumulated: bool = False) -> Counter[str]:
         """The step after ``at`` finished ones, on one microbatch; returns bytes.
 
         Keys are the most that lives in a part of the step: ``forward``, ``losses`` (what algorithms do with the loss),
-        ``backward``, ``optimizer`` and ``end`` (weight average, discriminator). Besides, what lives when it comes to
-        the losses (``before losses``) and to the end (``before end``), what the losses keep for the backward pass
-        (``kept``), and what a microbatch keeps until the end of the step (``held``).
+        ``backward``, ``optimizer`` and ``end`` (weight average, discriminator); and ``held``, what a microbatch keeps
+        until the end of the step.
 
         Args:
             accumulated: another microbatch came before, so that there are gradients already.
@@ -321,7 +321,6 @@ class Simulation:
         self.engine.run_event(Event.AFTER_TRAIN_BATCH)
         bytes_["optimizer"] = self.meter.live + self.update
         state.timestamp = self.clock.timestamp(at + 1)
-        bytes_["before end"] = self.meter.live
         with self.meter.watch(bytes_, "end"):
             self.engine.run_event(Event.BATCH_END)
         return bytes_
@@ -334,10 +333,8 @@ class Simulation:
                 state.outputs = self.model(state.batch)
             with precision_context(state):
                 state.loss = self.model.loss(state.outputs, state.batch)
-        before = bytes_["before losses"] = meter.live
         with meter.watch(bytes_, "losses"):
             self.engine.run_event(Event.AFTER_LOSS)
-        bytes_["kept"] = meter.live - before
         with meter.watch(bytes_, "backward"):
             state.loss["total"].backward()  # type: ignore[index]
 
@@ -432,7 +429,10 @@ def _silent_group(ranks: int) -> Iterator[Any]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    launched = os.environ.pop("WORLD_SIZE", None)  # Composer would compare it with this group's
     try:
         yield init_device_mesh("cpu", (ranks,))
     finally:
+        if launched is not None:
+            os.environ["WORLD_SIZE"] = launched
         dist.destroy_process_group()
