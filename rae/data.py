@@ -10,7 +10,7 @@ import struct
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -523,23 +523,22 @@ class Ledger:
         """Count a batch, and return it without what was for counting alone.
 
         Raises:
-            UserError: more bad samples than ``max_bad``.
+            RankError: more bad samples than ``max_bad``.
         """
         self.samples.update(batch.pop("stream"))
         for fault in filter(None, batch.pop("fault")):
             if fault not in self.bad:
                 self.bad[fault] = None
                 log.warning("bad sample, replaced by the next one: %s", fault)
-        self.check(len(self.bad))
+        self.check(self.bad, RankError)
         return batch
 
-    def check(self, bad: int) -> None:
-        """Raise UserError when ``bad`` is too many."""
-        if bad > self.max_bad:
-            shown = "; ".join(list(self.bad)[:3])
-            raise UserError(
-                f"{bad} bad sample{'s' if bad > 1 else ''} where data.max_bad_samples allows {self.max_bad}: {shown}"
-            )
+    def check(self, bad: Collection[str], error: type[UserError] = UserError) -> None:
+        """Raise an error when the faults are too many."""
+        if len(bad) > self.max_bad:
+            count = f"{len(bad)} bad sample{'s' if len(bad) > 1 else ''}"
+            shown = "; ".join(sorted(bad)[:3])
+            raise error(f"{count} where data.max_bad_samples allows {self.max_bad}: {shown}")
 
 
 class _TrainLoader(StreamingDataLoader):

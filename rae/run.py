@@ -186,7 +186,7 @@ def build_trainer(config: Config) -> Trainer:
     reproducibility.seed_all(config.seed)  # every rank starts from the same weights
     model = device.module_to_device(build_model(config))
     optimizer = build("optimizer", config.optimizer, "optimizer", params=_trained(model))
-    figures = StepFigures()
+    figures = StepFigures(ledger)
     context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation, figures=figures)
     algorithms = _build_all("algorithm", config.algorithms, context)
     compile_networks(config.compile, model, algorithms)
@@ -545,9 +545,9 @@ def train(config: Config) -> Trainer:
         except BaseException:
             for checkpointer in checkpointers:  # while the interpreter still can
                 checkpointer.finish_uploads()
+            trainer.engine.close()  # trainer.close() would wait for ranks that wait for this one
             raise
-        finally:
-            trainer.close()
+        trainer.close()
     return trainer
 
 
@@ -564,6 +564,10 @@ def _fit(config: Config, trainer: Trainer, checkpointers: list[Checkpointer]) ->
                 trainer.eval()
         except DataError as error:  # through a worker process it comes with its traceback as the message
             raise RankError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[-1]) from error
+        except RuntimeError as error:
+            if "gloo" not in str(error) or "by peer" not in str(error):  # closed its connection, or reset it
+                raise
+            raise RankError(f"rank {rank()} stops: another rank has ended, which says why") from error
         metrics = _save_final_metrics(config, trainer)
         for checkpointer in checkpointers:
             checkpointer.finish(trainer.state, metrics)

@@ -29,7 +29,7 @@ from rae.data import (
     train_transform,
 )
 from rae.registry import UserError
-from tests.conftest import ROOT, metrics_of, tiny_settings
+from tests.conftest import ROOT, launch, metrics_of, tiny_settings
 
 OPTIONS = dict(transform=eval_transform(64), seed=0, batch_size=4)
 
@@ -224,6 +224,25 @@ def test_wrong_mixtures_are_one_line(shards, tmp_path, change, message):
     text = json.dumps(settings["data"] | change).replace("EVAL", str(shards / "eval"))
     with pytest.raises(UserError, match=message):
         check_data(Config.model_validate(settings | {"data": json.loads(text)}))
+
+
+@pytest.mark.parametrize(("seed", "who"), [(1, "both ranks"), (0, "rank 1 alone")])
+def test_too_many_bad_samples_end_a_run_of_two_ranks(shards, tmp_path, seed, who):
+    """At once, whichever rank met them, with one line: the other rank neither waits for ever nor shows a traceback."""
+    settings = tiny_settings(shards, tmp_path / "run") | {"algorithms": {}, "seed": seed}
+    path = write_some_bad(tmp_path / "bad")
+    settings["data"] |= {"train": {"path": path, "resize": 72}, "max_bad_samples": 2, "batch_size": 4}
+    settings["trainer"]["max_duration"] = "2ep"
+    done = launch(settings, tmp_path / "launch", ranks=2, check=False)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    (line,) = [line for line in said.splitlines() if line.startswith("error: 3")]
+    assert line.startswith("error: 3 bad samples where data.max_bad_samples allows 2: ")
+    assert all(f"({name}.png; " in line for name in (3, 4, 17))
+    assert ("another rank has ended" in said) == (who == "rank 1 alone")
+    assert "Traceback" not in said
+    assert max(record["data/bad_samples"] for record in metrics_of(tmp_path / "run")) < 3
+    assert len(metrics_of(tmp_path / "run")) < 6  # before the first epoch's end
 
 
 def test_a_run_logs_streams_bad_samples_and_each_evaluation_set(shards, tmp_path):

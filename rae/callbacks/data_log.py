@@ -1,4 +1,4 @@
-"""What was drawn from the data: samples of each stream, and bad samples that others replaced."""
+"""How much was drawn from each stream of data."""
 
 import torch
 from composer import Callback, Logger, State
@@ -8,7 +8,7 @@ from rae.data import Ledger
 
 
 class DataLog(Callback):
-    """Log, at every epoch's end, samples drawn in it from each stream, and bad samples so far, of all ranks. Always on.
+    """Log, at every epoch's end, samples drawn in it from each stream, of all ranks. Always on.
 
     An epoch that was resumed is counted from where it was resumed.
 
@@ -25,10 +25,8 @@ class DataLog(Callback):
     def epoch_end(self, state: State, logger: Logger) -> None:
         ledger = self.ledger
         drawn = [ledger.samples[number] for number in range(len(ledger.streams))]
-        counts = state.device.tensor_to_device(torch.tensor([*drawn, len(ledger.bad)]))
+        counts = state.device.tensor_to_device(torch.tensor(drawn))
         dist.all_reduce(counts)
-        *drawn, bad = counts.tolist()
-        figures = {f"data/samples/{name}": count for name, count in zip(ledger.streams, drawn, strict=True)}
-        logger.log_metrics({**figures, "data/bad_samples": bad})
+        named = zip(ledger.streams, counts.tolist(), strict=True)
+        logger.log_metrics({f"data/samples/{name}": count for name, count in named})
         ledger.samples.clear()
-        ledger.check(bad)

@@ -9,9 +9,10 @@ from composer.utils import dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rae.data import Ledger
 from rae.losses import GRADIENT_NORMS
 
-_DECODER, _SAMPLES = "gradient/decoder", "samples"
+_DECODER, _SAMPLES, _BAD_SAMPLES = "gradient/decoder", "samples", "data/bad_samples"
 
 
 class Readout:
@@ -36,7 +37,7 @@ class Readout:
 
 
 class StepFigures(Callback):
-    """Log each loss's gradient norm at the reconstruction, the decoder's, and the GAN's share. Always on.
+    """Log each loss's gradient norm at the reconstruction, the decoder's, the GAN's share, and bad samples. Always on.
 
     ``gradient/<loss>`` is the norm over the whole batch, weight included, of what a loss adds to the gradient at the
     reconstruction; ``gradient/reconstruction`` is that of all losses but the GAN's together; ``gradient/decoder`` is
@@ -44,11 +45,15 @@ class StepFigures(Callback):
 
     Everything stays on the device, in one vector: one all-reduce, and one copy that the optimizer's step hides.
 
+    Args:
+        ledger: the training loader's, whose limit of bad samples holds for all ranks together.
+
     Attributes:
         bad: 0 or 1 (a scalar on the device), the same on all ranks: whether a loss or gradient is not finite.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
         self.sums: dict[str, Tensor] = {}
         self.samples = 0
         self.names: list[str] = []
@@ -74,7 +79,8 @@ class StepFigures(Callback):
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         copies = dist.get_world_size() / _shards(gradients)
         self.sums[_DECODER] = torch.stack(torch._foreach_norm(local)).float().square().sum() / copies
-        self.sums[_SAMPLES] = torch.full((), float(self.samples), device=local[0].device)
+        for name, count in ((_SAMPLES, self.samples), (_BAD_SAMPLES, len(self.ledger.bad))):
+            self.sums[name] = torch.full((), float(count), device=local[0].device)
         self.names = sorted(self.sums, key=lambda name: not name.startswith("loss/"))
         self.mine = torch.stack([self.sums[name].float() for name in self.names])
         total = self.mine.clone()
@@ -99,14 +105,17 @@ class StepFigures(Callback):
         figures = {
             name: math.sqrt(value) / sums[_SAMPLES] for name, value in sums.items() if name.startswith("gradient/")
         }
-        figures[_DECODER] = math.sqrt(sums[_DECODER])
+        figures[_DECODER], figures[_BAD_SAMPLES] = math.sqrt(sums[_DECODER]), int(sums[_BAD_SAMPLES])
         if "gradient/gan" in figures:
             both = figures["gradient/gan"] + figures["gradient/reconstruction"]
             figures["gan/share"] = figures["gradient/gan"] / both if both else 0.0
         return figures
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        logger.log_metrics(self.values())
+        figures = self.values()
+        logger.log_metrics(figures)
+        if figures[_BAD_SAMPLES] > self.ledger.max_bad:  # on all ranks
+            self.ledger.check({fault for faults in dist.all_gather_object([*self.ledger.bad]) for fault in faults})
 
 
 def _scaled(state: State) -> bool:
