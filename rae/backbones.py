@@ -1,5 +1,6 @@
 """timm backbones as feature extractors, with weights from a hub, a file or an installed package."""
 
+import errno
 import importlib.util
 import os
 import pickle
@@ -112,10 +113,18 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def save_state_dict(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a ``.safetensors`` file, which transformers and diffusers read too."""
+    """Write tensors to a ``.safetensors`` file, which transformers and diffusers read too.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: t.detach().clone().contiguous() for name, t in state.items()}, path, {"format": "pt"})
+    try:
+        save_file({name: t.detach().clone().contiguous() for name, t in state.items()}, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # it makes files that only their owner may read

@@ -28,9 +28,11 @@ SIZE_KEYS = {  # ours -> those of a published decoder's config.json
 def write(rae: RAE, folder: Path) -> None:
     """Write the decoder, its configuration and, if there are any, the latent statistics into an existing folder."""
     state = {name: tensor.clone() for name, tensor in published_state_dict(rae.decoder).items()}
-    torch.save(state, folder / DECODER)
+    with (folder / DECODER).open("wb") as file:  # so that a full disk is an OSError
+        torch.save(state, file)
     if rae.latent_mean is not None:
-        torch.save({"mean": rae.latent_mean, "var": rae.latent_var}, folder / STATS)
+        with (folder / STATS).open("wb") as file:
+            torch.save({"mean": rae.latent_mean, "var": rae.latent_var}, file)
     write_json(folder / CONFIG, published_config(rae.decoder))
 
 

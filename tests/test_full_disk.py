@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rae.__main__ import main
 from rae.registry import UserError
 from tests.conftest import (
     assert_same_state,
@@ -75,6 +76,20 @@ def test_latents(shards, disk, tmp_path):
     small.grow()
     convert(*command)
     assert convert(VERIFY, tmp_path / "disk/out").stdout.endswith("40 samples are sound, 0 faults\n")
+
+
+def test_exports_and_statistics(undisturbed, shards, disk, capsys):
+    small = disk("4k")
+    out = str(small.path / "out")
+    exports = (["export", str(undisturbed), out, "--format", layout] for layout in ("rae", "published"))
+    statistics = ["stats", str(undisturbed), f"{out}.pt", "--data", str(shards / "eval"), "--workers", "0"]
+    for command in (*exports, statistics):
+        with pytest.raises(SystemExit) as end:
+            main(command)
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1
+        assert "cannot write" in line and "No space left on device" in line
+        assert not list(small.path.iterdir())
 
 
 def test_the_cache_of_shards(shards, disk, s3, tmp_path, monkeypatch):

@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     with written(arguments.out, "OUT") as path:
         statistics, count = latent_statistics(*work)
-        torch.save(statistics, path)
+        with path.open("wb") as file:  # so that a full disk is an OSError
+            torch.save(statistics, file)
     shape = " × ".join(map(str, statistics["mean"].shape))
     print(f"{arguments.out}: mean and variance of the {shape} latents of {count:,} images")
 
