@@ -11,7 +11,16 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 
 from rae.evaluation import evaluate, refer
-from rae.metrics import OFFLINE, Better, Metrics, Reference, build_metrics, verdict, within
+from rae.metrics import (
+    OFFLINE,
+    Better,
+    Metrics,
+    Reference,
+    build_metrics,
+    build_or_substitute,
+    verdict,
+    within,
+)
 from rae.registry import UserError, check_plugin
 from rae.sources import Source, open_discriminator
 
@@ -107,7 +116,11 @@ def choose_metrics(wanted: list[str] | None, known: dict[str, Any] | None) -> tu
         UserError: one that there is not, or whose weights cannot be had.
     """
     if wanted is None and not known:
-        return _published_or_offline()
+        metrics = build_metrics({"psnr": {}, "ssim": {}, "color_bias": {}})
+        found = [build_or_substitute({name: {}}, name) for name in OFFLINE]
+        for built, _ in found:
+            metrics |= built
+        return metrics, [said for _, said in found if said]
     entries = dict(known or {}) if wanted is None else {}
     for each in wanted or ():
         entries |= _parsed(each, known or {})
@@ -123,21 +136,6 @@ def _parsed(text: str, known: dict[str, Any]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"--metrics: {text!r} is not a name, nor 'name: {{argument: value}}'") from error
     return check_plugin("metric", {entry: known.get(entry)} if isinstance(entry, str) else entry, "--metrics")
-
-
-def _published_or_offline() -> tuple[Metrics, list[str]]:
-    metrics, said = build_metrics({"psnr": {}, "ssim": {}, "color_bias": {}}), []
-    for name, (substitute, arguments) in OFFLINE.items():
-        try:
-            metrics |= build_metrics({name: {}})
-        except UserError as error:
-            fault = str(error).rstrip(":")
-            try:
-                metrics |= build_metrics({substitute: arguments})
-                said.append(f"{fault}; {substitute}, on features of {arguments['model']}, takes its place")
-            except UserError:
-                said.append(f"{fault}; it is left out")
-    return metrics, said
 
 
 def rows(results: list[Evaluated]) -> Iterator[tuple[str, list[str], int | None]]:

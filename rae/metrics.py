@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 Metrics = dict[str, Metric]
 Better = Literal["higher", "lower", "near zero"] | None
+BETTER: dict[str, Better] = {"psnr": "higher", "ssim": "higher", "lpips": "lower", "feature_distance": "lower"}
+"""Which values are, of the figures that each image has by itself."""
 CHANNELS = ("red", "green", "blue")
 
 
@@ -88,25 +90,25 @@ def ssim_of(recon: Tensor, image: Tensor) -> Tensor:
 @register("metric", "psnr")
 def psnr() -> Metric:
     """Peak signal-to-noise ratio in dB, per image, then averaged."""
-    return PerImage(psnr_of, "higher")
+    return PerImage(psnr_of, BETTER["psnr"])
 
 
 @register("metric", "ssim")
 def ssim() -> Metric:
     """Structural similarity (Wang et al. 2004), Gaussian window, per image, then averaged."""
-    return PerImage(ssim_of, "higher")
+    return PerImage(ssim_of, BETTER["ssim"])
 
 
 @register("metric", "lpips")
 def lpips(network: str = "vgg", weights: str | None = None) -> Metric:
     """LPIPS; see :class:`rae.losses.LPIPS`."""
-    return PerImage(LPIPS(network, weights), "lower")
+    return PerImage(LPIPS(network, weights), BETTER["lpips"])
 
 
 @register("metric", "feature_distance")
 def feature_distance(model: str, levels: list[int] | None = None, weights: str | None = None) -> Metric:
     """LPIPS's form on a timm network; see :class:`rae.losses.FeatureDistance`."""
-    return PerImage(FeatureDistance(model, levels, weights), "lower")
+    return PerImage(FeatureDistance(model, levels, weights), BETTER["feature_distance"])
 
 
 class _Bias:
@@ -413,6 +415,24 @@ def build_metrics(entries: dict[str, Any]) -> Metrics:
         built = build("metric", {name: arguments}, "metrics")
         metrics |= within(name, built) if isinstance(built, dict) else {name: built}
     return metrics
+
+
+def build_or_substitute(entries: dict[str, Any], name: str) -> tuple[Metrics, str | None]:
+    """The metrics of :func:`build_metrics`; if their weights cannot be had, what stands in for ``name``, or none.
+
+    Returns:
+        The metrics, and what is to be said when they are not those asked for.
+    """
+    try:
+        return build_metrics(entries), None
+    except UserError as error:
+        fault = str(error).rstrip(":")
+    substitute, arguments = OFFLINE[name]
+    try:
+        built = build_metrics({substitute: arguments})
+        return built, f"{fault}; {substitute}, on features of {arguments['model']}, takes its place"
+    except UserError:
+        return {}, f"{fault}; it is left out"
 
 
 def within(name: str, figures: Metrics) -> Metrics:

@@ -34,15 +34,13 @@ from rae.config import is_remote
 from rae.data import BadSampleError, DataError
 from rae.images import batches
 from rae.layers import fixed_latent_noise
-from rae.metrics import OFFLINE
+from rae.metrics import BETTER, build_metrics, build_or_substitute
 from rae.model import RAE, quantize, to_float
-from rae.registry import UserError, build
+from rae.registry import UserError
 from rae.storage import filled
 
 SCALE = 64
 """Grey levels (of 255) at the top of a difference map's scale; larger differences have its colour."""
-HIGHER_IS_BETTER = ("psnr", "ssim")
-"""Of all other figures, less is better."""
 ORIGINALS, RECONSTRUCTIONS, COMPARISONS = "originals", "reconstructions", "comparisons"
 FIGURES, TABLE, PAGE = "figures.json", "figures.csv", "index.html"
 OURS = {FIGURES, TABLE, PAGE, ORIGINALS, RECONSTRUCTIONS, COMPARISONS}
@@ -82,7 +80,7 @@ class Summary:
 
 def higher_is_better(figure: str) -> bool:
     """Whether more of a figure, such as ``psnr`` or ``psnr_tau0.8``, is better."""
-    return split(figure)[0] in HIGHER_IS_BETTER
+    return BETTER[split(figure)[0]] == "higher"
 
 
 def split(figure: str) -> tuple[str, float]:
@@ -417,23 +415,11 @@ def build_figures(
     Raises:
         UserError: the given file is not VGG's weights.
     """
-    wanted = {name: evaluated[name] for name in PERCEPTUAL if name in evaluated} or {"lpips": {}}
+    said = None
     if lpips_weights:
-        wanted = {"lpips": {"weights": lpips_weights}}
-    always: dict[str, Any] = {"psnr": {}, "ssim": {}}
-    try:
-        return _built(always | wanted, device), None
-    except UserError as error:
-        if lpips_weights:
-            raise
-        fault = str(error).rstrip(":")
-    substitute, options = OFFLINE["lpips"]
-    try:
-        built = _built(always | {substitute: options}, device)
-        return built, f"{fault}; {substitute}, on features of {options['model']}, takes its place"
-    except UserError:
-        return _built(always, device), f"{fault}; it is left out"
-
-
-def _built(entries: dict[str, Any], device: torch.device) -> dict[str, Figure]:
-    return {name: build("metric", {name: entry}, "metrics").to(device).figure for name, entry in entries.items()}
+        perceptual = build_metrics({"lpips": {"weights": lpips_weights}})
+    else:
+        wanted = {name: evaluated[name] for name in PERCEPTUAL if name in evaluated} or {"lpips": {}}
+        perceptual, said = build_or_substitute(wanted, "lpips")
+    built = build_metrics({"psnr": {}, "ssim": {}}) | perceptual
+    return {name: metric.to(device).figure for name, metric in built.items()}, said  # type: ignore[misc]
