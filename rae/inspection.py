@@ -4,7 +4,7 @@ import json
 import math
 import pickle
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +72,7 @@ def inspect(path: str, verify: bool = False) -> Report:
     path = path.rstrip("/") or path[:1]
     with TemporaryDirectory(prefix="rae-") as scratch:
         if path.endswith((".pt", ".pth")):
-            return _file(local_file(path, Path(scratch)), path)
+            return _file(path, Path(scratch))
         if path.endswith(".safetensors"):
             return _tensor_file(path)
         return _folder(path, verify, Path(scratch))
@@ -93,7 +93,7 @@ def _folder(path: str, verify: bool, scratch: Path) -> Report:
     if exports.CONFIG in names:
         return _exported(path, names, local, scratch)
     if published.DECODER in names:
-        return _file(local_file(f"{path}/{published.DECODER}", scratch), f"{path}/{published.DECODER}")
+        return _file(f"{path}/{published.DECODER}", scratch)
     if (
         CONFIG in names
         or any(is_name(part) for each in names for part in each.split("/")[:2])
@@ -147,9 +147,8 @@ def _check_sizes(where: str, checkpoint: Listed, sealed: dict[str, int]) -> None
     for file, expected in sealed.items():
         if file not in checkpoint.files:
             raise DamagedError(f"{file} is missing")
-        size = _size(f"{where}/{file}")
-        if size != expected:
-            raise DamagedError(f"{file} has {size:,} bytes instead of {expected:,}")
+        if fault := _wrong_size(f"{where}/{file}", expected):
+            raise DamagedError(fault)
 
 
 def _size(path: str) -> int:
@@ -157,6 +156,12 @@ def _size(path: str) -> int:
         return Path(path).stat().st_size
     folder, _, name = path.rpartition("/")
     return RemoteFolder(folder).size(name)
+
+
+def _wrong_size(path: str, expected: int) -> str:
+    """What is to be said of a file with another number of bytes."""
+    size = _size(path)
+    return "" if size == expected else f"{path.rpartition('/')[2]} has {size:,} bytes instead of {expected:,}"
 
 
 def _checkpoint(folder: str, checkpoint: Listed, verify: bool, scratch: Path) -> Report:
@@ -189,40 +194,30 @@ def _checkpoint(folder: str, checkpoint: Listed, verify: bool, scratch: Path) ->
 
 
 def _sharded_contents(folder: Path) -> list[Row]:
-    """By part: tensors, numbers, bytes, out of the metadata alone."""
+    """See :func:`_by_part`, out of the metadata alone."""
     metadata = check_metadata(folder)
-    sizes: dict[str, int] = defaultdict(int)
+    sizes = Counter[str]()
     for index, stored in metadata.storage_data.items():
         sizes[index.fqn] += stored.length
-    counts = {
-        name: getattr(held, "size", torch.Size([0])).numel() for name, held in metadata.state_dict_metadata.items()
-    }
-    parts: dict[str, list[str]] = defaultdict(list)
-    for name in counts:
-        parts[_part(tuple(name.removeprefix("state.").split(".")))].append(name)
-    rows: list[Row] = [
-        (part, f"{len(names):,}", f"{sum(counts[n] for n in names):,}", f"{sum(sizes[n] for n in names):,}")
-        for part, names in parts.items()
-    ]
-    return [("part", "entries", "numbers", "bytes"), *_largest_first(rows)]
+    return _by_part(
+        (tuple(name.removeprefix("state.").split(".")), getattr(held, "size", torch.Size([0])).numel(), sizes[name])
+        for name, held in metadata.state_dict_metadata.items()
+    )
 
 
 def _contents(state: dict[str, Any]) -> list[Row]:
-    """By part: tensors, numbers, bytes."""
-    algorithms = dict(state.get("algorithms") or [])
-    tensors = _tensors({**state, "algorithms": algorithms})
-    parts: dict[str, list[Tensor]] = defaultdict(list)
-    for path, tensor in tensors.items():
-        parts[_part(path)].append(tensor)
-    rows: list[Row] = [
-        (part, f"{len(ts):,}", f"{sum(t.numel() for t in ts):,}", f"{sum(t.nbytes for t in ts):,}")
-        for part, ts in parts.items()
-    ]
-    return [("part", "entries", "numbers", "bytes"), *_largest_first(rows)]
+    tensors = _tensors({**state, "algorithms": dict(state.get("algorithms") or [])})
+    return _by_part((path, tensor.numel(), tensor.nbytes) for path, tensor in tensors.items())
 
 
-def _largest_first(rows: list[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: -int(row[-1].replace(",", "")))
+def _by_part(entries: Iterable[tuple[tuple[str, ...], int, int]]) -> list[Row]:
+    """Entries, numbers and bytes of each part, the largest first, out of (path, numbers, bytes) of each entry."""
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
+    for path, numbers, size in entries:
+        totals[_part(path)].update(entries=1, numbers=numbers, bytes=size)
+    columns = ("entries", "numbers", "bytes")
+    largest_first = sorted(totals.items(), key=lambda item: -item[1]["bytes"])
+    return [("part", *columns), *((part, *(f"{total[c]:,}" for c in columns)) for part, total in largest_first)]
 
 
 def _part(path: tuple[str, ...]) -> str:
@@ -253,7 +248,8 @@ def _load(file: Path, where: str) -> Any:
         raise UserError(f"{where} cannot be read: {reason(error)}") from error
 
 
-def _file(file: Path, path: str) -> Report:
+def _file(path: str, scratch: Path) -> Report:
+    file = local_file(path, scratch)
     content = _load(file, path)
     size = ("bytes", f"{file.stat().st_size:,}")
     if isinstance(content, dict) and isinstance(content.get("state"), dict):
@@ -310,16 +306,15 @@ def _published_sizes(state: Mapping[str, Tensor]) -> list[Row]:
 def _exported(path: str, names: set[str], local: Path, scratch: Path) -> Report:
     content = read_json(local / exports.CONFIG, f"{path}/{exports.CONFIG}")
     if content.get("_class_name") == diffusers_format.CLASS:
-        return _diffusers(path, names, content)
+        return _diffusers(path, names, content, scratch)
     if published.DECODER in names and "decoder_hidden_size" in content:
-        report = _file(local_file(f"{path}/{published.DECODER}", scratch), f"{path}/{published.DECODER}")
+        report = _file(f"{path}/{published.DECODER}", scratch)
         heads = content.get(published.SIZE_KEYS["num_heads"])
         report.tables["decoder"] = [
             row if row[0] != "num heads" else (row[0], str(heads)) for row in report.tables["decoder"]
         ]
         if published.STATS in names:
-            stats = _file(local_file(f"{path}/{published.STATS}", scratch), f"{path}/{published.STATS}")
-            report.tables |= stats.tables
+            report.tables |= _file(f"{path}/{published.STATS}", scratch).tables
         return report
     if content.get("format") != "rae":
         kind = content.get("_class_name") or content.get("model_type") or "an unknown program"
@@ -363,7 +358,7 @@ def _check_decoder(about: Exported, shapes: dict[str, torch.Size], report: Repor
         report.faults.append(str(error))
 
 
-def _diffusers(path: str, names: set[str], content: dict[str, Any]) -> Report:
+def _diffusers(path: str, names: set[str], content: dict[str, Any], scratch: Path) -> Report:
     report = Report("a diffusers folder of AutoencoderRAE")
     told = {key: value for key, value in content.items() if not key.startswith(("_", "latents_"))}
     report.tables["configuration"] = [(key, str(value)) for key, value in told.items()]
@@ -371,8 +366,7 @@ def _diffusers(path: str, names: set[str], content: dict[str, Any]) -> Report:
     index = f"{diffusers_format.WEIGHTS}.index.json"
     files = [diffusers_format.WEIGHTS]
     if diffusers_format.WEIGHTS not in names and index in names:
-        with TemporaryDirectory(prefix="rae-") as scratch:
-            listed = read_json(local_file(f"{path}/{index}", Path(scratch)), f"{path}/{index}")
+        listed = read_json(local_file(f"{path}/{index}", scratch), f"{path}/{index}")
         files = sorted(set(listed.get("weight_map", {}).values()))
     shapes: dict[str, torch.Size] = {}
     for file in files:
@@ -408,10 +402,8 @@ def _header(path: str, file: str, names: set[str], report: Report) -> dict[str, 
     except (ValueError, KeyError, TypeError, struct.error) as error:
         report.faults.append(f"{file} is damaged: {' '.join(str(error).split())}")
         return {}
-    size = _size(where)
-    report.tables.setdefault("files", []).append((file, f"{size:,} bytes"))
-    if size != expected:
-        report.faults.append(f"{file} has {size:,} bytes instead of {expected:,}")
+    report.tables.setdefault("files", []).append((file, f"{_size(where):,} bytes"))
+    report.faults += filter(None, [_wrong_size(where, expected)])
     return shapes
 
 
@@ -445,11 +437,8 @@ def _data_set(path: str, names: set[str], local: Path) -> Report:
     if absent:
         report.faults.append(f"{len(absent)} of {len(shards)} shards are missing, such as {absent[0]}")
     if not is_remote(path):
-        for each in stored:
-            file = Path(path, each["basename"])
-            if file.exists() and file.stat().st_size != each["bytes"]:
-                size = file.stat().st_size
-                report.faults.append(f"{file.name} has {size:,} bytes instead of {each['bytes']:,}")
+        there = (each for each in stored if each["basename"] in names)
+        report.faults += filter(None, (_wrong_size(f"{path}/{each['basename']}", each["bytes"]) for each in there))
     if SUMMARY in names and not report.faults:
         rows += _summary(read_json(local / SUMMARY, f"{path}/{SUMMARY}"))
     if "stat.pt" in names:
