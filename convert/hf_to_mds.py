@@ -16,14 +16,13 @@ class SavedDataset:
     def __init__(self, folder: str, split: str | None, image_column: str | None, label_column: str | None):
         self.data = _load(folder, split)
         self.image_column = image_column or _image_column(self.data)
-        if self.image_column not in self.data.features:
-            raise UserError(f"there is no column {self.image_column!r}; there are: {', '.join(self.data.features)}")
         self.label_column = label_column or _label_column(self.data)
-        if self.label_column is not None and self.label_column not in self.data.features:
-            raise UserError(f"there is no column {self.label_column!r}; there are: {', '.join(self.data.features)}")
+        for column in filter(None, (self.image_column, self.label_column)):
+            if column not in self.data.features:
+                raise UserError(f"there is no column {column!r}; there are: {', '.join(self.data.features)}")
         self.data = self.data.cast_column(self.image_column, datasets.Image(decode=False))
         self.fingerprint, self.remote = str(self.data._fingerprint), False
-        feature = self.data.features.get(self.label_column) if self.label_column else None
+        feature = self.data.features.get(self.label_column)
         self.classes = feature.names if isinstance(feature, datasets.ClassLabel) else self._observed_classes()
 
     def _observed_classes(self) -> list[str]:

@@ -4,16 +4,12 @@ Several ranks share the work: composer -n 8 convert/latents_to_mds.py yamls/rae_
 """
 
 import argparse
-import os
-from dataclasses import replace
 
-import torch
-import torch.distributed as dist
-
-from rae.config import load_config, rank, world_size
+from rae.config import load_config, rank
 from rae.conversion import report, run_command
 from rae.latents import DTYPES, write_latents
 from rae.parts import Options
+from rae.processes import join_ranks
 from rae.registry import UserError, import_plugins
 
 
@@ -33,11 +29,8 @@ def main() -> None:
         raise UserError(f"--batch-size must be at least 1, not {arguments.batch_size}")
     config = load_config(arguments.config, arguments.overrides)
     import_plugins(config.imports)
-    options = replace(Options(arguments.out, shard_size=arguments.shard_size), overwrite=arguments.overwrite)
-    if world_size() > 1:
-        dist.init_process_group("gloo")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    options = Options(arguments.out, shard_size=arguments.shard_size, overwrite=arguments.overwrite)
+    join_ranks()
     summary = write_latents(
         config, options, arguments.split, arguments.dtype, arguments.with_images, arguments.batch_size
     )

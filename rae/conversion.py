@@ -127,11 +127,9 @@ def _read_encoded(job: Job, part: int) -> Iterator[tuple[str, bytes, int, str]]:
         try:
             name, data, label = read()
             yield name, encode(data, job.options), label, ""
-        except OSError as error:
-            if error.errno is not None:
-                raise  # the disk's fault, not the image's
-            yield name, b"", label, f"{type(error).__name__}: {first_line(error)}"
         except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's fault, not the image's
             yield name, b"", label, f"{type(error).__name__}: {first_line(error)}"
 
 

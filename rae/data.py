@@ -10,7 +10,7 @@ import struct
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from rae.config import is_remote
-from rae.processes import follow_parent, heed_parent_alone, one_at_a_time
+from rae.processes import follow_parent, heed_parent_alone, one_at_a_time, streaming_turn
 from rae.registry import RankError, UserError
 from rae.storage import reason
 
@@ -148,7 +148,12 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class DataError(RankError):
-    """Training data that cannot be read. Worker processes pass it on with its traceback as the message."""
+    """Training data that cannot be read."""
+
+    @property
+    def line(self) -> str:
+        """Its message, also where a worker process has passed it on with its traceback before it."""
+        return str(self).strip().splitlines()[-1].rpartition("DataError: ")[-1]
 
 
 class BadSampleError(RuntimeError):
@@ -488,6 +493,23 @@ class IndexedImages(Dataset):
 def open_dataset(path: str, cache: str | Path, **kwargs: Any) -> ImageDataset:
     """An :class:`ImageDataset` on a local folder, or on a remote one through the local folder ``cache``."""
     return ImageDataset(streams=[open_stream(path, cache)], **kwargs)
+
+
+@contextmanager
+def opening(folders: Iterable[str], fault: str) -> Iterator[None]:
+    """Data sets are opened in here; see :func:`rae.processes.streaming_turn`.
+
+    Args:
+        fault: what the message begins with when one cannot be opened.
+
+    Raises:
+        UserError: Streaming's errors.
+    """
+    try:
+        with streaming_turn(folders):
+            yield
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"{fault}: {first_line(error)}") from error
 
 
 def open_stream(path: str, cache: str | Path, **weight: Any) -> ImageStream:

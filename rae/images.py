@@ -10,7 +10,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch.distributed as dist
 import xxhash
 from PIL import Image
 from rich.console import Console
@@ -26,14 +25,13 @@ from rae.data import (
     eval_transform,
     first_line,
     open_dataset,
+    opening,
     start_worker,
 )
-from rae.processes import streaming_turn
+from rae.processes import of_first_rank
 from rae.registry import UserError
+from rae.shards import INDEX
 from rae.storage import RemoteFolder, reason
-
-INDEX = "index.json"
-"""What tells a folder of MDS shards."""
 
 
 class Names:
@@ -42,6 +40,7 @@ class Names:
     def __init__(self) -> None:
         self.names, self.ends = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - open as long as self
         self.hash, self.end, self.count = xxhash.xxh3_128(), 0, 0
+        self.ends.write(struct.pack("<Q", 0))
 
     def append(self, name: bytes) -> None:
         self.names.write(name)
@@ -59,9 +58,7 @@ class Names:
         return self.count
 
     def __getitem__(self, index: int) -> bytes:
-        begin, end = struct.unpack("<QQ", os.pread(self.ends.fileno(), 16, 8 * (index - 1))) if index else (0, None)
-        if end is None:
-            (end,) = struct.unpack("<Q", os.pread(self.ends.fileno(), 8, 0))
+        begin, end = struct.unpack("<QQ", os.pread(self.ends.fileno(), 16, 8 * index))
         return os.pread(self.names.fileno(), end - begin, begin)
 
 
@@ -135,7 +132,7 @@ class ImageBucket(ImageFolder):
                     if is_image(name):
                         yield os.fsencode(name), None
         except Exception as error:
-            raise UserError(f"cannot list {self.root}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"cannot list {self.root}: {first_line(error)}") from error
 
     def read(self, name: bytes) -> bytes:
         reply = _client(os.getpid()).get_object(Bucket=self.bucket, Key=self.prefix + os.fsdecode(name))
@@ -316,23 +313,12 @@ def _is_run(path: str) -> bool:
 
 def _open_shards(path: str, image_size: int, cache: str | Path | None, limit: int | None) -> Dataset:
     temporary = tempfile.TemporaryDirectory(prefix="rae-shards-") if cache is None and is_remote(path) else None
-    local = _leaders(str(cache or (temporary.name if temporary else "")))
-    try:
-        with streaming_turn([local if is_remote(path) else path]):
-            images = open_dataset(path, local, transform=eval_transform(image_size), seed=0)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"cannot open {path!r}: {first_line(error)}") from error
+    local = of_first_rank(str(cache or (temporary.name if temporary else "")))  # Streaming wants the same on all
+    with opening([local if is_remote(path) else path], f"cannot open {path!r}"):
+        images = open_dataset(path, local, transform=eval_transform(image_size), seed=0)
     if any("image" not in shard.column_names for shard in images.shards):
         raise UserError(f"{path!r} holds latents without images")
     return _Shards(images, image_size, limit, temporary)
-
-
-def _leaders(folder: str) -> str:
-    """The first rank's folder, on every rank: Streaming wants the same."""
-    told = [folder]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    return told[0]
 
 
 def batches(images: Dataset, batch_size: int, workers: int, title: str = "") -> Iterator[dict[str, Any]]:
@@ -350,5 +336,5 @@ def batches(images: Dataset, batch_size: int, workers: int, title: str = "") -> 
     shown = title and rank() == 0 and os.isatty(2)
     try:
         yield from track(loader, title, console=Console(stderr=True), transient=True) if shown else loader
-    except DataError as error:  # a worker process passes it on with its traceback
-        raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[-1]) from None
+    except DataError as error:
+        raise DataError(error.line) from None

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.progress import track
+from streaming.base.format.mds.encodings import get_mds_encoded_size
 from streaming.base.util import bytes_to_int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rae.config import Config, is_remote, rank, world_size
-from rae.data import Batcher, ImageDataset, IndexedImages, eval_transform, open_dataset, start_worker
+from rae.data import Batcher, ImageDataset, IndexedImages, eval_transform, open_dataset, opening, start_worker
 from rae.encoders.base import Encoder
 from rae.images import batches
 from rae.layers import Frozen
 from rae.parts import Job, Options, PartWriter, finish
-from rae.processes import streaming_turn
+from rae.processes import of_first_rank
 from rae.registry import UserError, build
 from rae.shards import RECORDS, Place
 
@@ -112,11 +113,8 @@ def _open(config: Config, split: str) -> ImageDataset:
     if source is None or source.path is None:
         raise UserError(f"data.{split}.path: there is none, so there is nothing to encode")
     cache = source.cache or f"{config.run_dir}/cache/{split}"
-    try:
-        with streaming_turn([cache if is_remote(source.path) else source.path]):
-            return open_dataset(source.path, cache, transform=eval_transform(config.data.image_size), seed=0)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"data.{split}.path: cannot open {source.path!r}: {str(error).splitlines()[0]}") from error
+    with opening([cache if is_remote(source.path) else source.path], f"data.{split}.path: cannot open {source.path!r}"):
+        return open_dataset(source.path, cache, transform=eval_transform(config.data.image_size), seed=0)
 
 
 def _columns(encoder: Encoder, dtype: str, image_size: int | None) -> dict[str, str]:
@@ -129,37 +127,28 @@ def _columns(encoder: Encoder, dtype: str, image_size: int | None) -> dict[str, 
 
 def _begin(images: ImageDataset, options: Options, content: dict[str, Any], columns: dict[str, str]) -> Job:
     place = Place(options.out)
-    a_sample = sum(_stored_bytes(encoding) for encoding in columns.values())
-    part = max(1, min(bytes_to_int(options.shard_size) // a_sample, -(-images.size // 16)))
-    told: list[Any] = [None]
+    part = max(1, min(bytes_to_int(options.shard_size) // _sample_bytes(columns), -(-images.size // 16)))
+    plan: Any = None
     if rank() == 0:
         try:
             source = f"{images.streams[0].remote or images.streams[0].local} {images.size}"
-            told = [place.begin({"source": source, "options": content, "part": part}, options.overwrite)]
+            plan = place.begin({"source": source, "options": content, "part": part}, options.overwrite)
         except UserError as error:
-            told = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    if isinstance(told[0], UserError):
-        raise told[0]
-    return Job(images, options, place, 0, images.size, told[0]["part"], told[0]["resumed"])
+            plan = error
+    plan = of_first_rank(plan)
+    if isinstance(plan, UserError):
+        raise plan
+    return Job(images, options, place, 0, images.size, plan["part"], plan["resumed"])
 
 
-def _stored_bytes(encoding: str) -> int:
-    if encoding == "int":
-        return 8
-    _, dtype, shape = encoding.split(":")
-    return torch.Size(map(int, shape.split(","))).numel() * (1 if dtype == "uint8" else 2)
-
-
-def _positions(job: Job, part: int) -> range:
-    return range(part * job.part_size, min((part + 1) * job.part_size, job.last))
+def _sample_bytes(columns: dict[str, str]) -> int:
+    return sum(get_mds_encoded_size(encoding) or 0 for encoding in columns.values())
 
 
 def _loader(images: ImageDataset, job: Job, parts: list[int], batch_size: int, workers: int) -> Iterator[Any]:
     batches = [
         list(positions[i : i + batch_size])
-        for positions in (_positions(job, part) for part in parts)
+        for positions in map(job.positions, parts)
         for i in range(0, len(positions), batch_size)
     ]
     loader = DataLoader(
@@ -181,7 +170,7 @@ def _write_part(
     dtype: torch.dtype,
     device: str,
 ) -> None:
-    moments, counts, left = Moments(), dict[int, int](), len(_positions(job, part))
+    moments, counts, left = Moments(), dict[int, int](), len(job.positions(part))
     with PartWriter(job, part, columns) as writer:
         while left:
             batch = next(batches)
@@ -197,7 +186,7 @@ def _write_part(
         file = Path(writer.folder.name, STATS)
         torch.save(vars(moments), file)
         job.place.move(file, f"{RECORDS}/{part:06}.pt")
-        size = sum(counts.values()) * sum(map(_stored_bytes, columns.values()))
+        size = sum(counts.values()) * _sample_bytes(columns)
         writer.finish(counts=counts, bytes=size, skipped=[])
 
 

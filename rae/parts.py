@@ -96,10 +96,14 @@ class Job:
         """The numbers of the parts."""
         return range(-(-(self.last - self.first) // self.part_size))
 
+    def positions(self, part: int) -> range:
+        """Where in the order a part's images are."""
+        begin = self.first + part * self.part_size
+        return range(begin, min(begin + self.part_size, self.last))
+
     def indices(self, part: int) -> np.ndarray:
         """Which images a part holds."""
-        begin = self.first + part * self.part_size
-        positions = np.arange(begin, min(begin + self.part_size, self.last))
+        positions = np.asarray(self.positions(part))
         return positions if self.options.keep_order else shuffled(positions, len(self.source))
 
     def done(self, part: int) -> dict[str, Any] | None:
@@ -197,8 +201,8 @@ class PartWriter:
                 info["basename"] = name + info["basename"][len("shard.00000") :]
                 if written.exists():  # of a compressed shard, the raw form is not
                     self.place.move(written, info["basename"])
-        whole = {"part": self.part, "shards": shards, **record}
-        whole = json.loads(json.dumps(whole))  # the same whether it was just made or read
+        # Through JSON it is the same whether it was just made or read.
+        whole = json.loads(json.dumps({"part": self.part, "shards": shards, **record}))
         self.place.write(f"{RECORDS}/{self.part:06}.json", whole)
         return whole
 
@@ -209,7 +213,6 @@ def finish(
     classes: list[str],
     options: dict[str, Any],
     seconds: float,
-    **more: Any,
 ) -> dict[str, Any]:
     """Join the parts' records into ``index.json`` and ``dataset.json``; returns what the latter holds.
 
@@ -232,7 +235,6 @@ def finish(
         "options": options,
         "seconds": round(seconds, 2),
         "content_hash": content_hash(shards),
-        **more,
     }
     place.finish(summary, shards)
     return summary

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from rae.config import world_size
 from rae.registry import UserError
@@ -139,6 +140,16 @@ def streaming_turn(folders: Iterable[str]) -> Iterator[None]:
         yield
         if dist.is_initialized():
             dist.barrier()
+
+
+def of_first_rank(value: Any) -> Any:
+    """The first rank's value, on every rank. A collective call."""
+    import torch.distributed as dist
+
+    told = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def remove_dead_segments(folders: Iterable[str]) -> None:

@@ -48,7 +48,7 @@ class Place:
             FileNotFoundError: there is none.
         """
         with tempfile.TemporaryDirectory() as folder:
-            path = fetch(f"{self.out}/{name}", f"{folder}/file") if self.remote else self.folder / name
+            path = fetch(f"{self.out if self.remote else self.folder}/{name}", f"{folder}/file")
             if path is None:
                 raise FileNotFoundError(f"{self.out}/{name}")
             with Path(path).open("rb") as file:
@@ -146,11 +146,13 @@ def _remote(url: str, process: int) -> RemoteFolder:
 
 
 def fetch(url: str, local: str) -> str | None:
-    """Download a file; returns ``local``, or None when there is no such file.
+    """Where a file is on this disk: itself, or downloaded to ``local``; None when there is no such file.
 
     Raises:
         UserError: the store cannot be reached, or refuses.
     """
+    if not is_remote(url):
+        return url if os.path.isfile(url) else None
     folder, _, name = url.rpartition("/")
     try:
         _remote(folder, os.getpid()).download(name, Path(local))
@@ -169,8 +171,8 @@ def read_index(url: str) -> dict[str, Any]:
     """
     name = f"{url.rstrip('/')}/{INDEX}"
     with tempfile.TemporaryDirectory() as folder:
-        path = fetch(name, f"{folder}/{INDEX}") if is_remote(url) else name
-        if path is None or not os.path.isfile(path):
+        path = fetch(name, f"{folder}/{INDEX}")
+        if path is None:
             raise UserError(f"there is no {name}, so it is no finished MDS data set")
         try:
             index = json.loads(Path(path).read_text())
@@ -190,8 +192,8 @@ def summary_faults(url: str, index: dict[str, Any]) -> list[str]:
     """What is wrong with a data set's ``dataset.json``, or does not agree with its index."""
     with tempfile.TemporaryDirectory() as folder:
         name = f"{url.rstrip('/')}/{SUMMARY}"
-        path = fetch(name, f"{folder}/{SUMMARY}") if is_remote(url) else name
-        if path is None or not os.path.isfile(path):
+        path = fetch(name, f"{folder}/{SUMMARY}")
+        if path is None:
             return []  # written by another program
         try:
             summary = json.loads(Path(path).read_text())

@@ -9,7 +9,6 @@ from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import FileInfo
 
-from rae.config import is_remote
 from rae.data import Reader, decode, first_line, shard_fault
 from rae.parts import Job, Options, run_parts
 from rae.shards import INDEX, Place, fetch, read_index, summary_faults
@@ -44,8 +43,8 @@ def _check_shard(job: Job, part: int) -> dict[str, Any]:
 def _shard_faults(url: str, shard: dict[str, Any], folder: str) -> tuple[int, list[str]]:
     info = FileInfo(**(shard["zip_data"] or shard["raw_data"]))
     name = f"{url.rstrip('/')}/{info.basename}"
-    path = fetch(name, f"{folder}/stored") if is_remote(url) else name
-    if path is None or not os.path.isfile(path):
+    path = fetch(name, f"{folder}/stored")
+    if path is None:
         return 0, [f"{name} is listed in {INDEX} but absent"]
     fault = shard_fault(path, info)
     if fault:
