@@ -42,7 +42,9 @@ from rae.data import (
     Ledger,
     eval_loader,
     eval_transform,
+    first_line,
     open_stream,
+    opening,
     train_loader,
     train_transform,
 )
@@ -50,7 +52,7 @@ from rae.evaluation import refer
 from rae.metrics import Reference, build_metrics, verdict, within
 from rae.model import RAEModel, build_rae
 from rae.parallelism import check_sharding, parallelism, saves_sharded
-from rae.processes import RunLock, streaming_turn
+from rae.processes import RunLock
 from rae.registry import RankError, UserError, build, check_arguments, check_plugin, import_plugins, parse_time
 from rae.resume import changes, clear, given, loadable, newest, used
 from rae.storage import RemoteFolder, can_delete
@@ -125,7 +127,7 @@ def _check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         try:
-            time = parse_time(f"{value}ep" if _is_count(value) else value)
+            time = parse_time(_in_epochs(value))
         except ValueError as error:
             raise UserError(f"trainer.{key}: {error}") from error
         if Time.from_timestring(time).value <= 0 and key != "eval_interval":  # where it means never
@@ -135,8 +137,9 @@ def _check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, str) and value.isdigit())
+def _in_epochs(value: Any) -> Any:
+    """A time string; of a number alone, which Composer takes for epochs."""
+    return f"{value}ep" if isinstance(value, int) or (isinstance(value, str) and value.isdigit()) else value
 
 
 def _check_saving(config: Config) -> None:
@@ -185,7 +188,8 @@ def build_trainer(config: Config) -> Trainer:
     loader = _train_loader(config, ledger)
     reproducibility.seed_all(config.seed)  # every rank starts from the same weights
     model = device.module_to_device(build_model(config))
-    optimizer = build("optimizer", config.optimizer, "optimizer", params=_trained(model))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build("optimizer", config.optimizer, "optimizer", params=trained)
     figures = StepFigures(ledger)
     context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation, figures=figures)
     algorithms = _build_all("algorithm", config.algorithms, context)
@@ -198,8 +202,7 @@ def build_trainer(config: Config) -> Trainer:
         loggers.setdefault("console", {})
     arguments.setdefault("auto_log_hparams", False)
     callbacks = [figures, BeginStep(config.seed), DataLog(ledger), *_build_all("callback", _callbacks(config), context)]
-    interval = str(arguments.get("eval_interval", "1ep"))
-    progress = Progress(config.data.batch_size, f"{interval}ep" if interval.isdigit() else interval)
+    progress = Progress(config.data.batch_size, str(_in_epochs(arguments.get("eval_interval", "1ep"))))
     passed = dict(
         model=model,
         train_dataloader=loader,
@@ -228,7 +231,7 @@ def _explained(checkpoint: Path | None) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"trainer: {first_line(error)}") from error
     except (RuntimeError, KeyError, CheckpointException) as error:
         if checkpoint is None or (isinstance(error, RuntimeError) and "state_dict" not in str(error)):
             raise
@@ -336,27 +339,15 @@ def _precision(wanted: str | None, device: str | None) -> str:
     return wanted
 
 
-def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def _open(path: str, cache: str, where: str, **arguments: Any) -> ImageDataset:
-    return _opened({where: open_stream(path, cache)}, **arguments)
-
-
-def _opened(streams: dict[str, ImageStream], **arguments: Any) -> ImageDataset:
+def _open(streams: dict[str, ImageStream], **arguments: Any) -> ImageDataset:
     if rank() == 0:
         for where, stream in streams.items():
             if stream.remote:
                 RemoteFolder(stream.remote).check_readable("index.json", f"{where}.path")
     arguments.setdefault("download_retry", 8)  # pauses double: minutes without the store, not seconds
-    try:
-        with streaming_turn([stream.local for stream in streams.values()]):
-            return ImageDataset(streams=list(streams.values()), **arguments)
-    except (ValueError, OSError, RuntimeError) as error:
-        paths = ", ".join(f"{where}.path {stream.remote or stream.local!r}" for where, stream in streams.items())
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot open {paths}: {reason}") from error
+    paths = ", ".join(f"{where}.path {stream.remote or stream.local!r}" for where, stream in streams.items())
+    with opening([stream.local for stream in streams.values()], f"cannot open {paths}"):
+        return ImageDataset(streams=list(streams.values()), **arguments)
 
 
 def _train_loader(config: Config, ledger: Ledger) -> Any:
@@ -372,7 +363,7 @@ def _train_loader(config: Config, ledger: Ledger) -> Any:
             )
             for name, stream in source.streams.items()
         }
-    dataset = _opened(
+    dataset = _open(
         streams,
         transform=train_transform(data.image_size, source.resize, source.flip),
         seed=config.seed,
@@ -395,10 +386,9 @@ def _train_loader(config: Config, ledger: Ledger) -> Any:
 def _open_eval(config: Config, source: EvalData | None, name: str) -> ImageDataset | None:
     if source is None:
         return None
+    where = "data.eval" if name == "eval" else f"data.evals.{name}"
     return _open(
-        source.path,
-        source.cache or f"{config.run_dir}/cache/{name}",
-        "data.eval" if name == "eval" else f"data.evals.{name}",
+        {where: open_stream(source.path, source.cache or f"{config.run_dir}/cache/{name}")},
         transform=eval_transform(config.data.image_size),
         seed=config.seed,
         verify=config.data.verify,
@@ -477,7 +467,7 @@ def _checkpointer(config: Config, arguments: dict[str, Any]) -> Checkpointer | N
     """What saves this run, from the trainer's arguments of Composer's names, which it takes out of ``arguments``."""
     arguments.pop("save_folder", None)
     folder = save_folder(config)
-    interval = str(arguments.pop("save_interval", "1ep"))
+    interval = str(_in_epochs(arguments.pop("save_interval", "1ep")))
     keep = arguments.pop("save_num_checkpoints_to_keep", -1)
     if folder is None:
         return None
@@ -486,7 +476,6 @@ def _checkpointer(config: Config, arguments: dict[str, Any]) -> Checkpointer | N
     elif rank() == 0:
         RemoteFolder(folder).check_writable("trainer.save_folder")
     dist.barrier()
-    interval = f"{interval}ep" if interval.isdigit() else interval
     return Checkpointer(folder, config.run_dir, interval, keep, to_yaml(config), config.checkpoints.upload_attempts)
 
 
@@ -562,8 +551,8 @@ def _fit(config: Config, trainer: Trainer, checkpointers: list[Checkpointer]) ->
                 trainer.fit()
             elif trainer.state.evaluators:
                 trainer.eval()
-        except DataError as error:  # through a worker process it comes with its traceback as the message
-            raise RankError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[-1]) from error
+        except DataError as error:
+            raise RankError(error.line) from error
         except RuntimeError as error:
             if "gloo" not in str(error) or "by peer" not in str(error):  # closed its connection, or reset it
                 raise

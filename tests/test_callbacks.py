@@ -88,7 +88,7 @@ def own_registry(monkeypatch):
 def short(shards: Path, run_dir: Path) -> dict:
     """Five steps, the discriminator from the second and the GAN from the third on, a checkpoint a step."""
     settings = tiny_settings(shards, run_dir)
-    settings["trainer"] |= {"max_duration": "5ba", "eval_interval": 0, "save_interval": "1ba"}
+    settings["trainer"] |= {"max_duration": "5ba", "eval_interval": -1, "save_interval": "1ba"}
     settings["algorithms"]["adversarial"] |= {"discriminator_start": "1ba", "start": "2ba"}
     return settings
 

@@ -190,7 +190,7 @@ class Progress(Callback):
         """How often something that is done every ``interval``, and at the end, is still to be done."""
         every = self._step_of(interval, state)
         assert self.end is not None
-        return -(-self.end // every) - step // every if every else 0
+        return -(-self.end // every) - step // every if every and every > 0 else 0
 
 
 @torch.no_grad()
