@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rae.backbones import TimmFeatures, read_state_dict, weight_file, weightless
 from rae.layers import Frozen, patchify
@@ -58,6 +59,7 @@ class _Backpropagate(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return grad_output * gradient, None, None
@@ -138,10 +140,11 @@ class _UnitDistance(torch.autograd.Function):
         difference = (x / norm).sub_(target)
         ctx.save_for_backward(difference, target, norm, weight)
         ctx.dtype = x.dtype
-        distance = torch.linalg.vector_norm(difference, dim=(2, 3)).square_() / norm[0].numel()
+        distance = difference.square().mean((2, 3))  # a norm over places would add them up one by one
         return distance.sum(dim=1) if weight is None else distance @ weight
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         difference, target, norm, weight = ctx.saved_tensors
         scale = grad_output.view(-1, 1, 1, 1) * (2 / norm[0].numel())

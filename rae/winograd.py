@@ -9,9 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FEWEST_CHANNELS = 256
 """With fewer, transforming the tiles takes as long as the multiplications that it saves."""
+
+SMALLEST = 8
+"""Side of a map from which on it pays."""
 
 TILE = 4
 _CACHED = 2**16
@@ -48,7 +53,7 @@ class WinogradConv(nn.Conv2d):
     """A frozen 3 × 3 convolution, padded by 1, that takes 2¼ instead of 9 multiplications an output on a CPU in fp32.
 
     Outputs and the input's gradient differ from the direct ones by about 1e-5 of the largest. The transformed
-    weights need four times the weights' memory.
+    weights need four times the weights' memory. It has no second derivatives.
 
     Args:
         conv: what it takes the place of; weights are shared.
@@ -57,7 +62,6 @@ class WinogradConv(nn.Conv2d):
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv.in_channels, conv.out_channels, 3, padding=1, device="meta")
         self.weight, self.bias = conv.weight, conv.bias
-        self._transformed: tuple[Any, Tensor] | None = None
 
     @staticmethod
     def pays(module: nn.Module) -> bool:
@@ -73,17 +77,26 @@ class WinogradConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K, H, W), in channels_last."""
         fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if x.device.type != "cpu" or not fp32 or torch.compiler.is_compiling():
+        trained = self.weight.requires_grad or self.bias.requires_grad  # type: ignore[union-attr]
+        if x.device.type != "cpu" or not fp32 or trained or torch.compiler.is_compiling():
             return super().forward(x)
-        return _Convolve.apply(x, self._transformed_weights(), self.bias)  # type: ignore[return-value]
+        if x.ndim < 4 or not len(x) or min(x.shape[2:]) < SMALLEST:
+            return super().forward(x)
+        return _Convolve.apply(x, _transformed(self.weight), self.bias)  # type: ignore[return-value]
 
-    def _transformed_weights(self) -> Tensor:
-        """(36, C, K), made when first needed."""
-        state = self.weight.data_ptr(), self.weight._version
-        if self._transformed is None or self._transformed[0] != state:
-            taps = self.weight.detach().permute(2, 3, 1, 0).reshape(9, -1)
-            self._transformed = state, (_G @ taps).view(36, self.in_channels, self.out_channels)
-        return self._transformed[1]
+
+def _transformed(weight: Tensor) -> Tensor:
+    """(K, C, 3, 3) -> (36, C, K), made when first needed."""
+    state = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    if weight not in _cache or _cache[weight][0] != state:
+        with torch.inference_mode(False), torch.no_grad():  # a later call may need gradients
+            taps = weight.permute(2, 3, 1, 0).reshape(9, -1)
+            _cache[weight] = state, (_G @ taps).view(36, weight.shape[1], weight.shape[0])
+    return _cache[weight][1]
+
+
+_cache = WeakTensorKeyDictionary()
+"""Transformed weights by weight: outside the module, which is copied, pickled and moved without them."""
 
 
 def use_winograd(network: nn.Module) -> None:
@@ -117,6 +130,8 @@ class _Convolve(torch.autograd.Function):
         return y if not (below or right) else y[:, :, :height, :width].clone(memory_format=torch.channels_last)
 
     @staticmethod
+    @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """The same steps transposed, last to first; neighbouring tiles' inputs overlap by two and are added."""
         (weights,), (height, width) = ctx.saved_tensors, ctx.size

@@ -151,6 +151,21 @@ def test_unit_distance_has_autograds_gradient():
         assert relative_error(*gradients) < 1e-5
 
 
+def test_a_written_out_gradient_has_none_itself():
+    x = torch.rand(1, 4, 3, 3, requires_grad=True)
+    distance = unit_distance(x, unit_features(torch.rand(1, 4, 3, 3))).sum()
+    (gradient,) = torch.autograd.grad(distance**2, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_unit_distance_adds_many_places_exactly():
+    torch.manual_seed(0)
+    x, target = (torch.rand(1, 64, 256, 256).to(memory_format=torch.channels_last) for _ in range(2))
+    unit = x.double() / (x.double().norm(dim=1, keepdim=True) + 1e-10)
+    assert relative_error(unit_distance(x, target), (unit - target).square().sum(1).mean((1, 2))) < 1e-6
+
+
 def test_unit_distance_of_dead_features_is_finite():
     x = torch.zeros(1, 3, 2, 2).requires_grad_()
     value = unit_distance(x, unit_features(torch.ones(1, 3, 2, 2)))

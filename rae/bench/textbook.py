@@ -64,6 +64,8 @@ class Parts:
             fused = own.param_groups[0]["fused"]
             own.load_state_dict(copy.deepcopy(others.state_dict()))  # it would share the moments
             own.param_groups[0]["fused"] = fused
+            for state in own.state.values() if not fused else ():
+                state["step"] = state["step"].cpu()  # where a fused one keeps it, reading it would wait for the device
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
