@@ -54,11 +54,6 @@ def ratios_of(seconds: Seconds, name: str, other: str) -> list[float]:
     return [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
 
 
-def ratio(seconds: Seconds, name: str, other: str) -> float:
-    """The median of :func:`ratios_of`."""
-    return statistics.median(ratios_of(seconds, name, other))
-
-
 def summary(values: list[float]) -> dict[str, float]:
     """Median, least and largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -71,8 +66,8 @@ def show(title: str, seconds: Seconds, **columns: dict[str, str]) -> None:
     for name, values in seconds.items():
         spread = f"{min(values) * 1e3:,.1f}–{max(values) * 1e3:,.1f}"
         cells = (column[name] for column in columns.values())
-        median = statistics.median(values)
-        table.add_row(name, f"{median * 1e3:,.1f}", spread, f"{ratio(seconds, name, first):.2f}", *cells)
+        median, ratio = statistics.median(values), statistics.median(ratios_of(seconds, name, first))
+        table.add_row(name, f"{median * 1e3:,.1f}", spread, f"{ratio:.2f}", *cells)
     console.print(table)
 
 

@@ -1,13 +1,10 @@
 """What of the data can be known before a run: images, shards and bytes, from the index alone."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from rae.config import Config, is_remote
 from rae.registry import UserError
-from rae.shards import INDEX, Place
+from rae.shards import INDEX, read_index
 
 
 @dataclass
@@ -51,33 +48,17 @@ def survey(config: Config) -> list[DataSet]:
 
 def _look(name: str, path: str) -> DataSet:
     try:
-        index = _read(path)
+        shards = read_index(path)["shards"]
     except UserError as error:
-        return DataSet(name, path, fault=str(error).removeprefix(f"cannot read {path}/{INDEX}: "))
-    if index is None:
-        return DataSet(name, path, fault=f"there is no {INDEX}")
-    try:
-        shards = index["shards"]
-        return DataSet(
-            name,
-            path,
-            images=sum(shard["samples"] for shard in shards),
-            shards=len(shards),
-            bytes=sum((shard.get("zip_data") or shard["raw_data"])["bytes"] for shard in shards),
-            latent=bool(shards) and "latent" in shards[0]["column_names"],
-        )
-    except (KeyError, TypeError) as error:
-        return DataSet(name, path, fault=f"its index is damaged ({error!r})")
-
-
-def _read(path: str) -> Any:
-    if is_remote(path):
-        return Place(path).read(INDEX)
-    file = Path(path) / INDEX
-    try:
-        return json.loads(file.read_text()) if file.is_file() else None
-    except ValueError:
-        return {}
+        return DataSet(name, path, fault=str(error).replace(f"{path.rstrip('/')}/{INDEX}", INDEX))
+    return DataSet(
+        name,
+        path,
+        images=sum(shard["samples"] for shard in shards),
+        shards=len(shards),
+        bytes=sum((shard["zip_data"] or shard["raw_data"])["bytes"] for shard in shards),
+        latent=bool(shards) and "latent" in shards[0].get("column_names", ()),
+    )
 
 
 def epoch_images(config: Config, found: list[DataSet]) -> int | None:
