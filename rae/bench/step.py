@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from composer import Logger, State
@@ -40,7 +41,8 @@ def write_weights(folder: Path) -> None:
     ViTImageProcessor(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]).save_pretrained(
         folder / "encoder"
     )
-    torch.save(torchvision.models.vgg16(weights=None).state_dict(), folder / "vgg16.pth")
+    vgg = torchvision.models.vgg16(weights=None).features
+    torch.save({f"features.{name}": tensor for name, tensor in vgg.state_dict().items()}, folder / "vgg16.pth")
 
 
 def settings(folder: Path, batch: int, phase_steps: int, image_size: int = 256, depth: int = 8) -> dict[str, Any]:
@@ -132,14 +134,15 @@ class Beside(LoggerDestination):
 
     def _compare(self, name: str, figures: Figures) -> None:
         for figure, value in figures.items():
-            logged = self.logged.get(f"loss/train/{figure}", self.logged.get(figure, float("nan")))
-            deviation = abs(float(value) - logged) / max(abs(logged), 0.1)
-            self.deviation[name][figure] = max(self.deviation[name].get(figure, 0.0), deviation)
+            logged = self.logged[figure if figure in self.logged else f"loss/train/{figure}"]
+            deviation = abs(float(value) - logged) / max(abs(logged), 0.1)  # a loss may be near 0
+            # Unlike max, it keeps a NaN.
+            self.deviation[name][figure] = float(np.maximum(self.deviation[name].get(figure, 0.0), deviation))
 
 
-def trainer_beside(folder: Path, batch: int, phase_steps: int) -> Beside:
+def trainer_beside(folder: Path, batch: int, phase_steps: int, **sizes: int) -> Beside:
     """Run the Trainer with the two other sides at its steps; what they took is in the returned ``seconds``."""
-    config = Config.model_validate(settings(folder, batch, phase_steps))
+    config = Config.model_validate(settings(folder, batch, phase_steps, **sizes))
     check(config)
     trainer = build_trainer(config)
     trainer.fit()
