@@ -432,14 +432,20 @@ def first_line(error: Exception) -> str:
 
 def shard_fault(file: str, info: FileInfo) -> str | None:
     """What is wrong with a shard's file: its size or its hash is not that of index.json; None when it is whole."""
-    size = os.path.getsize(file)
-    if size != info.bytes:
-        return f"{file} is damaged: it has {size:,} bytes where index.json says {info.bytes:,}"
+    if fault := _size_fault(file, info):
+        return fault
     for algorithm, expected in info.hashes.items():
         with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if get_hash(algorithm, content) != expected:  # type: ignore[arg-type]
                 return f"{file} is damaged: its {algorithm} hash is not that of index.json"
     return None
+
+
+def _size_fault(file: str, info: FileInfo) -> str | None:
+    size = os.path.getsize(file)
+    if size == info.bytes:
+        return None
+    return f"{file} is damaged: it has {size:,} bytes where index.json says {info.bytes:,}"
 
 
 def _check_streams(dataset: ImageDataset) -> None:
@@ -460,20 +466,13 @@ def _check_streams(dataset: ImageDataset) -> None:
 
 
 def _check_present(folder: str, shard: Any) -> None:
-    sizes = [
-        (path, info.bytes, os.path.getsize(path) if os.path.exists(path) else None)
-        for info in (shard.raw_data, shard.zip_data)
-        if info
-        for path in [os.path.join(folder, info.basename)]
-    ]
-    if all(found is None for _, _, found in sizes):
-        raise DataError(f"{sizes[-1][0]} is listed in index.json but absent; restore it or convert again")
-    for path, expected, found in sizes:
-        if found not in (None, expected):
-            raise DataError(
-                f"{path} is damaged: it has {found:,} bytes where index.json says {expected:,}; "
-                "restore it from a copy or convert again"
-            )
+    listed = {os.path.join(folder, info.basename): info for info in (shard.raw_data, shard.zip_data) if info}
+    present = list(filter(os.path.exists, listed))
+    if not present:
+        raise DataError(f"{list(listed)[-1]} is listed in index.json but absent; restore it or convert again")
+    for file in present:
+        if fault := _size_fault(file, listed[file]):
+            raise DataError(f"{fault}; restore it from a copy or convert again")
 
 
 class IndexedImages(Dataset):

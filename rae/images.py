@@ -5,7 +5,7 @@ import os
 import struct
 import tempfile
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -333,8 +333,18 @@ def batches(images: Dataset, batch_size: int, workers: int, title: str = "") -> 
     count = len(images)  # type: ignore[arg-type]
     part = Subset(images, range(rank(), count, world_size()))
     loader = DataLoader(part, batch_size, num_workers=workers, worker_init_fn=start_worker)
-    shown = title and rank() == 0 and os.isatty(2)
     try:
-        yield from track(loader, title, console=Console(stderr=True), transient=True) if shown else loader
+        yield from with_bar(loader, title) if title else loader
     except DataError as error:
         raise DataError(error.line) from None
+
+
+def with_bar(items: Iterable[Any], title: str, count: int | None = None) -> Iterable[Any]:
+    """The same items, with a progress bar where the first rank's standard error is a terminal.
+
+    Args:
+        count: of the items, which may have no length.
+    """
+    if rank() != 0 or not os.isatty(2):
+        return items
+    return track(items, title, count, console=Console(stderr=True), transient=True)

@@ -1,6 +1,5 @@
 """Precomputed latents: a data set through the frozen encoder once, as MDS shards, with their statistics."""
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -9,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.progress import track
 from streaming.base.format.mds.encodings import get_mds_encoded_size
 from streaming.base.util import bytes_to_int
 from torch import Tensor
@@ -18,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from rae.config import Config, is_remote, rank, world_size
 from rae.data import Batcher, ImageDataset, IndexedImages, eval_transform, open_dataset, opening, start_worker
 from rae.encoders.base import Encoder
-from rae.images import batches
+from rae.images import batches, with_bar
 from rae.layers import Frozen
 from rae.parts import Job, Options, PartWriter, finish
-from rae.processes import of_first_rank
+from rae.processes import barrier, of_first_rank
 from rae.registry import UserError, build
 from rae.shards import RECORDS, Place
 
@@ -98,13 +96,13 @@ def write_latents(
     job = _begin(images, options, content, columns)
     mine = [part for part in job.parts() if part % world_size() == rank() and job.done(part) is None]
     loader = _loader(images, job, mine, batch_size, config.data.workers)
-    for part in track(mine, "encoding", disable=rank() != 0 or not os.isatty(2), transient=True):
+    for part in with_bar(mine, "encoding"):
         _write_part(job, part, columns, encoder, loader, DTYPES[dtype], device)
-    _barrier()
+    barrier()
     summary: dict[str, Any] = {}
     if rank() == 0:
         summary = _finish(job, content, time.perf_counter() - began)
-    _barrier()
+    barrier()
     return summary
 
 
@@ -236,8 +234,3 @@ def _finish(job: Job, content: dict[str, Any], seconds: float) -> dict[str, Any]
         torch.save(moments.statistics(), Path(folder, STATS))
         job.place.move(Path(folder, STATS), STATS)
     return finish(job.place, records, names, content, seconds)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 from streaming import MDSWriter
 
 from rae.data import start_worker
+from rae.images import with_bar
 from rae.registry import UserError
 from rae.shards import RECORDS, Place, content_hash, naming
 
@@ -124,11 +122,7 @@ def run_parts(
     with concurrent.futures.ProcessPoolExecutor(workers, fork, _start, (work, job, stop)) as pool:
         futures = [pool.submit(_run, part) for part in parts]
         try:
-            arriving: Iterable[Any] = concurrent.futures.as_completed(futures)
-            if sys.stderr.isatty():
-                console = Console(stderr=True)
-                arriving = track(arriving, "shards", len(futures), console=console, transient=True)
-            for future in arriving:
+            for future in with_bar(concurrent.futures.as_completed(futures), "shards", len(futures)):
                 yield future.result()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UserError("a worker process was killed, perhaps for want of memory; use fewer --workers") from error

@@ -129,17 +129,21 @@ def streaming_turn(folders: Iterable[str]) -> Iterator[None]:
     Args:
         folders: see :func:`remove_dead_segments`.
     """
-    import torch.distributed as dist
-
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     with one_at_a_time("streaming") if first else nullcontext():
         if first:
             remove_dead_segments(folders)
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
         yield
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
+
+
+def barrier() -> None:
+    """Wait for the other ranks, if there are any."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def of_first_rank(value: Any) -> Any:
