@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rae import operations
 from rae.__main__ import main
+from rae.callbacks.progress import step_operations
 from rae.checkpoints import list_checkpoints
 from rae.config import Config, load_config
 from rae.decoder import SIZES, Decoder
@@ -74,6 +75,18 @@ def test_operations_are_what_a_real_run_computes(shards, tmp_path):
     assert counter.get_total_flops() / 16 / 1e9 == pytest.approx(phase["gflops"], rel=1e-3)
     assert sum(found["gflops"][0].values()) == pytest.approx(phase["gflops"])
     assert found["gflops"][0].get("other", 0) < 0.02 * phase["gflops"]  # every network's work has its name
+    # What the time left is projected by is counted more simply.
+    assert sum(step_operations(trainer.state).values()) / 1e9 == pytest.approx(phase["gflops"], rel=0.2)
+
+
+def test_attention_is_counted_on_a_cpu():
+    query = torch.rand(2, 3, 16, 8, requires_grad=True)
+    with operations.counter() as counter:
+        attended = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        forward = counter.get_total_flops()
+        attended.sum().backward()
+    assert forward == 2 * 2 * 2 * 3 * 16 * 16 * 8
+    assert counter.get_total_flops() == 3.5 * forward  # backward, the scores are computed again
 
 
 RESIDENT = """

@@ -197,8 +197,8 @@ class Progress(Callback):
 def step_operations(state: State) -> dict[str, float]:
     """Time string -> floating-point operations an image that a step takes on from then. A collective call.
 
-    Forward passes are counted on one image. A pass backward through a trained network counts twice its forward
-    pass, and through a frozen one once.
+    Counted are forward passes on one image, and the discriminator's backward pass. Others count twice the forward
+    pass through a trained network, and once through a frozen one.
     """
     model = unwrapped(state)
     size = model.rae.decoder.grid * model.rae.decoder.patch_size
@@ -215,11 +215,19 @@ def step_operations(state: State) -> dict[str, float]:
         elif isinstance(algorithm, Adversarial):
             algorithm.discriminator.eval()
             judge, _ = _counted(state, lambda a=algorithm: a.discriminator(recon))  # type: ignore[misc]
-            update = 2 * judge * algorithm.updates_per_step + (decode if algorithm.fakes == "fresh" else 0)
+            learn, _ = _counted(state, lambda a=algorithm: _learn(a, recon))  # type: ignore[misc]
+            update = 2 * learn * algorithm.updates_per_step + (decode if algorithm.fakes == "fresh" else 0)
             for start, operations in ((algorithm.discriminator_start, update), (algorithm.start, 2 * judge)):
                 parts[start] = parts.get(start, 0) + operations
     model.train(was_training)
     return parts
+
+
+@torch.enable_grad()
+def _learn(adversarial: Adversarial, image: Tensor) -> Tensor:
+    logits = adversarial.discriminator(image)
+    torch.autograd.grad(logits.sum(), adversarial.parameters, allow_unused=True)
+    return logits.detach()
 
 
 def _counted(state: State, function: Callable[[], Tensor]) -> tuple[float, Tensor]:
