@@ -179,7 +179,10 @@ def test_a_server_that_goes_away(shards, bucket, tmp_path):
     assert newest in sealed(bucket, "runs/away/")
 
 
-@pytest.mark.parametrize(("layout", "victim"), [("ddp", "launcher"), ("fsdp", "rank"), ("fsdp", "nobody")])
+@pytest.mark.parametrize(
+    ("layout", "victim"),
+    [("ddp", "launcher"), pytest.param("fsdp", "rank", marks=pytest.mark.long), ("fsdp", "nobody")],
+)
 def test_kills_of_two_ranks(shards, ranks, tmp_path, layout, victim):
     """A launcher whose ranks are left behind, one of the ranks, or a SIGTERM to the launcher, upon which they save."""
     settings = layout_settings(shards, tmp_path / "run", layout)
@@ -210,7 +213,10 @@ def test_a_killed_loader_worker(shards, undisturbed, tmp_path):
     assert_same_figures(undisturbed, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [("one", "ddp"), ("one", "fsdp"), ("ddp", "one"), ("fsdp", "one")])
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [pytest.param("one", "ddp", marks=pytest.mark.long), ("one", "fsdp"), ("ddp", "one"), ("fsdp", "one")],
+)
 def test_another_number_of_ranks_goes_on(shards, ranks, tmp_path, saved, resumed):
     """Data order and figures go on as in the run of one rank, but for the rounding of sums in another order."""
     shutil.copytree(ranks / saved, tmp_path / "run")
