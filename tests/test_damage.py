@@ -226,7 +226,7 @@ def test_wrong_mixtures_are_one_line(shards, tmp_path, change, message):
         check_data(Config.model_validate(settings | {"data": json.loads(text)}))
 
 
-@pytest.mark.parametrize(("seed", "who"), [(1, "both ranks"), (0, "rank 1 alone")])
+@pytest.mark.parametrize(("seed", "who"), [pytest.param(1, "both ranks", marks=pytest.mark.long), (0, "rank 1 alone")])
 def test_too_many_bad_samples_end_a_run_of_two_ranks(shards, tmp_path, seed, who):
     """At once, whichever rank met them, with one line: the other rank neither waits for ever nor shows a traceback."""
     settings = tiny_settings(shards, tmp_path / "run") | {"algorithms": {}, "seed": seed}
