@@ -6,7 +6,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # make test-long: the tests that take a minute or more each.
 # make soak: kill runs at many moments and compare their ends.
-# make bench: what the weight average and checkpoints cost.
+# make bench: the training step beside the textbook's; memory, costs, start-up, scaling.
 .PHONY: test test-long soak bench bench-data demo env clean
 
 test: env

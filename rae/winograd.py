@@ -4,6 +4,7 @@ cuDNN chooses such an algorithm by itself; oneDNN, which torch uses on a CPU, ha
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -144,17 +145,15 @@ class _Convolve(torch.autograd.Function):
             products = (_A.T @ outputs.reshape(TILE * TILE, -1)).view(36, -1, channels)
             tiles = _B.T @ torch.bmm(products, weights.mT).view(36, -1)
             tiles = tiles.view(TILE + 2, TILE + 2, count, rows, columns, -1).permute(2, 3, 0, 4, 1, 5)
-            for low in (True, False):
-                for left in (True, False):
-                    there = out[:, :-1] if low else out[:, 1:, :2]
-                    there = there[:, :, :, :-1] if left else there[:, :, :, 1:, :2]
-                    here = tiles[:, :, :TILE] if low else tiles[:, :, TILE:]
-                    there += here[:, :, :, :, :TILE] if left else here[:, :, :, :, TILE:]
+            out[:, :-1, :, :-1] += tiles[:, :, :TILE, :, :TILE]
+            out[:, 1:, :2, :-1] += tiles[:, :, TILE:, :, :TILE]
+            out[:, :-1, :, 1:, :2] += tiles[:, :, :TILE, :, TILE:]
+            out[:, 1:, :2, 1:, :2] += tiles[:, :, TILE:, :, TILE:]
         x = x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
         return x[:, :, 1 : height + 1, 1 : width + 1], None, None
 
 
-def _parts(images: Tensor, out: Tensor) -> Any:
+def _parts(images: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """As many images at a time as the cache has room for, with their places in ``out``."""
     count = max(1, _CACHED * TILE**2 // images[0].numel())
     return zip(images.split(count), out.split(count), strict=True)
