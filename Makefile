@@ -24,7 +24,7 @@ bench: env
 	@python -m rae.bench
 
 demo: env
-	@python -m rae.demo
+	@python -m rae demo
 
 bench-data: env
 	@python -m rae.bench.data

@@ -4,9 +4,9 @@ import argparse
 import os
 import sys
 
-from rae.config import load_config
-from rae.processes import follow_parent
-from rae.registry import RankError, UserError
+from rae.config.registry import RankError, UserError
+from rae.config.sections import load_config
+from rae.survival.processes import follow_parent
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         follow_parent()  # a rank that outlived its killed launcher would train on beside the next start
     try:
         config = load_config(arguments.config, arguments.overrides)
-        from rae.run import train  # Composer takes seconds to import: not before the configuration stands
+        from rae.training.run import train  # Composer takes seconds to import: not before the configuration stands
 
         train(config)
     except UserError as error:

@@ -6,8 +6,8 @@ from typing import Any
 
 import datasets
 
-from rae.conversion import add_options, add_val_fraction, convert_splits, options_from, run_command
-from rae.registry import UserError
+from rae.config.registry import UserError
+from rae.data.conversion import add_options, add_val_fraction, convert_splits, options_from, run_command
 
 
 class SavedDataset:

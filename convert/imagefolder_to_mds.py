@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import replace
 
-from rae.conversion import (
+from rae.data.conversion import (
     add_options,
     add_val_fraction,
     convert_splits,
@@ -12,7 +12,7 @@ from rae.conversion import (
     run_command,
     write_shards,
 )
-from rae.images import list_images
+from rae.data.images import list_images
 
 
 def main() -> None:

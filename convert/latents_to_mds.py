@@ -5,12 +5,12 @@ Several ranks share the work: composer -n 8 convert/latents_to_mds.py yamls/rae_
 
 import argparse
 
-from rae.config import load_config, rank
-from rae.conversion import report, run_command
-from rae.latents import DTYPES, write_latents
-from rae.parts import Options
-from rae.processes import join_ranks
-from rae.registry import UserError, import_plugins
+from rae.config.registry import UserError, import_plugins
+from rae.config.sections import load_config, rank
+from rae.data.conversion import report, run_command
+from rae.data.parts import Options
+from rae.exchange.latents import DTYPES, write_latents
+from rae.survival.processes import join_ranks
 
 
 def main() -> None:

@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from rae.conversion import run_command
-from rae.parts import Options
-from rae.registry import UserError
-from rae.verification import verify
+from rae.config.registry import UserError
+from rae.data.conversion import run_command
+from rae.data.parts import Options
+from rae.data.verification import verify
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ import keyword
 import os
 import sys
 
-from rae.registry import RankError, UserError
+from rae.config.registry import RankError, UserError
 
 COMMANDS = {  # name, which is its module's in rae/commands -> what it does
+    "demo": "train a small autoencoder on photographs, in minutes on two CPU cores",
     "curves": "draw a run's figures",
     "evaluate": "measure autoencoders on a data set: a table of every metric, several side by side",
     "export": "write an autoencoder as our folder, published weights or a diffusers folder",

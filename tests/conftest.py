@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from streaming.base.shared.memory import SharedMemory
 
-from rae.checkpoints import fetch, in_form, list_checkpoints, without_code
-from rae.config import Config
-from rae.conversion import write_shards
-from rae.images import list_images
-from rae.parts import Options
+from rae.config.sections import Config
+from rae.data.conversion import write_shards
+from rae.data.images import list_images
+from rae.data.parts import Options
+from rae.survival.checkpoints import fetch, in_form, list_checkpoints, without_code
 
 _CACHE = tempfile.TemporaryDirectory(prefix="rae-cache-")
 os.environ["RAE_CACHE"] = _CACHE.name
@@ -99,7 +99,7 @@ def write_yaml(settings: dict, path: Path) -> str:
 
 def train_here(settings: dict):
     """Train in this process, which spares ten seconds of imports."""
-    from rae.run import train
+    from rae.training.run import train
 
     return train(Config.model_validate(settings))
 
@@ -257,7 +257,7 @@ SPY = '''
 import torch
 from composer import Callback, Event
 from composer.utils import dist
-from rae.registry import register
+from rae.config.registry import register
 
 @register("callback", "spy")
 class Spy(Callback):

@@ -18,7 +18,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from rae.checkpoints import age, list_checkpoints
+from rae.survival.checkpoints import age, list_checkpoints
 from tests.conftest import (
     LAYOUTS,
     assert_same_state,

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from rae import registry
 from rae.__main__ import main
 from rae.callbacks.guard import Guard, can_skip_by_itself
 from rae.callbacks.histograms import spread_out, summary
 from rae.callbacks.jsonl import JSONLines
 from rae.callbacks.progress import Mean, Part, time_left
 from rae.callbacks.referee import Referee
-from rae.checkpoints import fetch, in_form, list_checkpoints, without_code
-from rae.registry import UserError
+from rae.config import registry
+from rae.config.registry import UserError
+from rae.survival.checkpoints import fetch, in_form, list_checkpoints, without_code
 from tests.conftest import (
     assert_same_state,
     launch,
@@ -34,7 +34,7 @@ import torch
 from composer import Algorithm, Event
 from composer.utils import dist
 from rae.algorithms import LossTerm
-from rae.registry import register
+from rae.config.registry import register
 
 class Poisoned(torch.autograd.Function):
     @staticmethod

@@ -11,10 +11,10 @@ import torch
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from rae.algorithms.adversarial import Adversarial
-from rae.checkpoints import list_checkpoints, rotate, seal
-from rae.registry import UserError
-from rae.resume import given, newest
-from rae.storage import RemoteFolder, reason
+from rae.config.registry import UserError
+from rae.survival.checkpoints import list_checkpoints, rotate, seal
+from rae.survival.storage import RemoteFolder, reason
+from rae.training.resume import given, newest
 from tests.conftest import assert_same_state, load_newest, resumable, run, tiny_settings, train_here, write_yaml
 
 OLD, NEW = "ep0-ba4", "ep1-ba6"

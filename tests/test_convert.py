@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 
-from rae.processes import one_at_a_time
+from rae.survival.processes import one_at_a_time
 from tests.conftest import ROOT, write_images
 
 FOLDER, HF, VERIFY = "convert/imagefolder_to_mds.py", "convert/hf_to_mds.py", "convert/verify_mds.py"

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from streaming import MDSWriter
 
-from rae.config import Config, check_data
-from rae.data import (
+from rae.config.registry import UserError
+from rae.config.sections import Config, check_data
+from rae.data.dataset import (
     MAX_PIXELS,
     BadSampleError,
     DataError,
@@ -28,7 +29,6 @@ from rae.data import (
     train_loader,
     train_transform,
 )
-from rae.registry import UserError
 from tests.conftest import ROOT, launch, metrics_of, tiny_settings
 
 OPTIONS = dict(transform=eval_transform(64), seed=0, batch_size=4)
@@ -122,7 +122,7 @@ def test_a_cache_limit_must_hold_shards_and_spares_the_only_copy(data):
 def test_a_full_disk_stops_the_download(data, tmp_path):
     """A limit on the size of files makes writing fail where a full disk would."""
     program = (
-        "from rae.data import *; s = open_stream('/', ''); "
+        "from rae.data.dataset import *; s = open_stream('/', ''); "
         f"s.remote, s.local = {str(data)!r}, {str(tmp_path / 'cache')!r}; "
         "d = ImageDataset(streams=[s], transform=eval_transform(64), seed=0, download_retry=1); d[0]"
     )
@@ -246,7 +246,7 @@ def test_too_many_bad_samples_end_a_run_of_two_ranks(shards, tmp_path, seed, who
 
 
 def test_a_run_logs_streams_bad_samples_and_each_evaluation_set(shards, tmp_path):
-    from rae.run import train
+    from rae.training.run import train
 
     write_some_bad(tmp_path / "other")
     settings = tiny_settings(shards, tmp_path / "run") | {"algorithms": {"ema": {"decay": 0.9, "evaluate": "both"}}}

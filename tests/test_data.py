@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rae.data import (
+from rae.data.dataset import (
     center_crop,
     decode,
     eval_loader,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rae.data import open_dataset, train_loader, train_transform
+from rae.data.dataset import open_dataset, train_loader, train_transform
 from tests.conftest import write_images
 from tests.s3 import BUCKET
 from tests.test_convert import FOLDER, VERIFY, convert

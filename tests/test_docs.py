@@ -16,15 +16,15 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from rae import registry
-from rae.config import Config, load_config
-from rae.run import check
+from rae.config import registry
+from rae.config.sections import Config, load_config
+from rae.training.run import check
 from tests.conftest import ROOT, metrics_of, run, tiny_settings, train_here, write_images
 from tests.test_yamls import backbones, overrides  # noqa: F401
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)? ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MODULES = {"rae": "rae.__main__", "rae.demo": "rae.demo", "rae.bench": "rae.bench.__main__"}
+MODULES = {"rae": "rae.__main__", "rae.bench": "rae.bench.__main__"}
 
 
 def blocks(page, language: str) -> list[tuple[str, str]]:
@@ -153,7 +153,7 @@ def registered_for_now(monkeypatch):
 
 @pytest.mark.parametrize(("page", "text"), FRAGMENTS)
 def test_configurations_hold(page, text, monkeypatch, tmp_path, registered_for_now):
-    monkeypatch.setattr("rae.config._check_path", lambda key, path: None)  # data that a reader has
+    monkeypatch.setattr("rae.config.sections._check_path", lambda key, path: None)  # data that a reader has
     monkeypatch.chdir(tmp_path)
     write_examples(page, tmp_path)
     check(Config.model_validate(whole(yaml.safe_load(text))))

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from rae.__main__ import main
-from rae.comparison import best, choose_metrics
-from rae.images import batches, open_images
-from rae.latents import latent_statistics
-from rae.layers import fixed_latent_noise
-from rae.metrics import CHANNELS
-from rae.model import to_float
-from rae.registry import UserError, build
+from rae.autoencoder.layers import fixed_latent_noise
+from rae.autoencoder.model import to_float
+from rae.config.registry import UserError, build
+from rae.data.images import batches, open_images
+from rae.evaluation.comparison import best, choose_metrics
+from rae.evaluation.metrics import CHANNELS
+from rae.exchange.latents import latent_statistics
 from tests.conftest import TINY, metrics_of, tiny_settings, train_here, write_yaml
 from tests.s3 import BUCKET
 

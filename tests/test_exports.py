@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rae
-from rae import registry
 from rae.__main__ import main
-from rae.checkpoints import CONFIG, METRICS, STATE, in_form, seal
-from rae.config import Model
-from rae.decoder import Decoder
-from rae.encoders.dinov2 import DINOv2
-from rae.exports import new_folder
-from rae.handover import export, import_from
-from rae.model import RAE
-from rae.registry import UserError, build
-from rae.sources import Source, open_discriminator, open_source
+from rae.autoencoder.decoder import Decoder
+from rae.autoencoder.encoders.dinov2 import DINOv2
+from rae.autoencoder.model import RAE
+from rae.config import registry
+from rae.config.registry import UserError, build
+from rae.config.sections import Model
+from rae.exchange.exports import new_folder
+from rae.exchange.handover import export, import_from
+from rae.exchange.sources import Source, open_discriminator, open_source
+from rae.survival.checkpoints import CONFIG, METRICS, STATE, in_form, seal
 from tests.conftest import GOLDEN, ROOT, TINY, golden, load_newest, run
 
 IMAGE = torch.rand(2, 3, 72, 72, generator=torch.Generator().manual_seed(0))
@@ -240,8 +240,8 @@ def test_only_what_this_program_wrote_is_replaced(tmp_path, s3, monkeypatch):
 PLUGIN = """
 from pathlib import Path
 import torch
-from rae.encoders import Encoder
-from rae.registry import register
+from rae.autoencoder.encoders import Encoder
+from rae.config.registry import register
 
 Path(__file__).with_suffix(".ran").touch()
 

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from rae import losses
-from rae.decoder import Decoder, load_published, published_state_dict
-from rae.discriminator import dino
-from rae.layers import patchify, resize, sincos_positions, unpatchify
-from rae.model import RAE
-from rae.registry import UserError, build
+from rae.autoencoder import losses
+from rae.autoencoder.decoder import Decoder, load_published, published_state_dict
+from rae.autoencoder.discriminator import dino
+from rae.autoencoder.layers import patchify, resize, sincos_positions, unpatchify
+from rae.autoencoder.model import RAE
+from rae.config.registry import UserError, build
 from tests.conftest import GOLDEN, TINY, TINY_DINO, golden, relative_error
 
 DECODER = {"embed_dim": 48, "depth": 2, "num_heads": 4, "mlp_dim": 96}

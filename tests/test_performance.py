@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.base import LossTerm
-from rae.compilation import check_compiler
-from rae.config import Compile, load_config
-from rae.registry import UserError, register
+from rae.config.registry import UserError, register
+from rae.config.sections import Compile, load_config
+from rae.training.compilation import check_compiler
 from tests.conftest import (
     FIGURES,
     TINY_DINO,

@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rae import operations
 from rae.__main__ import main
+from rae.autoencoder.decoder import SIZES, Decoder
+from rae.callbacks import operations
 from rae.callbacks.progress import step_operations
-from rae.checkpoints import list_checkpoints
-from rae.config import Config, load_config
-from rae.decoder import SIZES, Decoder
+from rae.config.registry import UserError
+from rae.config.sections import Config, load_config
 from rae.plan import Options, plan, show
 from rae.plan.clock import Clock
 from rae.plan.gpus import GPUS
 from rae.plan.report import phases_of
 from rae.plan.step import Meter
-from rae.registry import UserError
-from rae.run import build_trainer, check
+from rae.survival.checkpoints import list_checkpoints
+from rae.training.run import build_trainer, check
 from tests.conftest import ROOT, TINY, resumable, run, tiny_settings, write_yaml
 from tests.s3 import BUCKET
 
@@ -92,8 +92,8 @@ def test_attention_is_counted_on_a_cpu():
 RESIDENT = """
 import sys
 from rae.bench.measure import peak_memory
-from rae.config import load_config
-from rae.run import build_trainer, check
+from rae.config.sections import load_config
+from rae.training.run import build_trainer, check
 config = load_config(sys.argv[1])
 check(config)
 trainer = build_trainer(config)

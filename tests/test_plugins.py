@@ -6,17 +6,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rae import registry
-from rae.config import Config, load_config
-from rae.run import train
+from rae.config import registry
+from rae.config.sections import Config, load_config
+from rae.training.run import train
 from tests.conftest import metrics_of, tiny_settings, wandb_file
 
 MINE = '''
 import torch
 from composer import Algorithm, Callback, Event
 from rae.algorithms import LossTerm
-from rae.encoders import Encoder
-from rae.registry import TimeString, register
+from rae.autoencoder.encoders import Encoder
+from rae.config.registry import TimeString, register
 
 @register("encoder", "patch_means")
 class PatchMeans(Encoder):
@@ -191,7 +191,7 @@ def test_weights_loaded_without_an_average_begin_one(settings, tmp_path):
 
 
 def psnr_now(trainer) -> float:
-    from rae.metrics import psnr
+    from rae.evaluation.metrics import psnr
 
     metric, model = psnr(), trainer.state.model.eval()
     with torch.no_grad():

@@ -18,10 +18,11 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchvision.models import vgg16
 
 from rae.__main__ import main
-from rae.gallery import choose, write_gallery
-from rae.images import open_images
-from rae.layers import fixed_latent_noise
-from rae.reconstruction import (
+from rae.autoencoder.layers import fixed_latent_noise
+from rae.config.registry import UserError
+from rae.data.images import open_images
+from rae.evaluation.gallery import choose, write_gallery
+from rae.evaluation.reconstruction import (
     SCALE,
     FileNames,
     Reconstruction,
@@ -33,8 +34,7 @@ from rae.reconstruction import (
     summarize,
     write_figures,
 )
-from rae.registry import UserError
-from rae.sources import open_source
+from rae.exchange.sources import open_source
 from tests.conftest import write_images
 
 METRICS = "metrics={psnr: {}, ssim: {}, feature_distance: {model: tf_efficientnet_lite0, weights: random, levels: [0]}}"
@@ -253,7 +253,7 @@ def test_lpips_or_what_takes_its_place(monkeypatch, tmp_path):
     def offline(network):
         raise UserError("lpips: cannot download")
 
-    monkeypatch.setattr("rae.losses._torchvision_weights", offline)
+    monkeypatch.setattr("rae.autoencoder.losses._torchvision_weights", offline)
     figures, said = build_figures({}, None, cpu)
     assert list(figures) == ["psnr", "ssim", "feature_distance"]
     assert said == "lpips: cannot download; feature_distance, on features of tf_efficientnet_lite1, takes its place"

@@ -6,10 +6,10 @@ import os
 import pytest
 
 from rae.__main__ import main
-from rae.exports import new_folder
-from rae.reconstruction import FIGURES, whole_folder
-from rae.registry import UserError
-from rae.storage import written
+from rae.config.registry import UserError
+from rae.evaluation.reconstruction import FIGURES, whole_folder
+from rae.exchange.exports import new_folder
+from rae.survival.storage import written
 
 HELPERS = {
     "written": lambda out: written(out, "OUT"),
@@ -57,7 +57,7 @@ def test_an_unforeseen_error_of_the_system_is_one_line(monkeypatch, capsys):
     def refuse(run_dir):
         raise PermissionError(errno.EACCES, "Permission denied", run_dir)
 
-    monkeypatch.setattr("rae.curves.plot", refuse)
+    monkeypatch.setattr("rae.evaluation.curves.plot", refuse)
     with pytest.raises(SystemExit) as end:
         main(["curves", "runs/theirs"])
     assert end.value.code == 2

@@ -15,9 +15,9 @@ import pytest
 import torch
 from streaming.base.shared.prefix import _pack_locals
 
-from rae.checkpoints import age
-from rae.processes import RunLock, remove_dead_segments
-from rae.registry import UserError
+from rae.config.registry import UserError
+from rae.survival.checkpoints import age
+from rae.survival.processes import RunLock, remove_dead_segments
 from tests.conftest import (
     ROOT,
     assert_same_state,

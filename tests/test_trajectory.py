@@ -10,12 +10,12 @@ from torch.utils.data import DataLoader
 
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import LossTerm
+from rae.autoencoder.decoder import published_state_dict
+from rae.autoencoder.model import to_float
 from rae.callbacks.begin_step import BeginStep
 from rae.callbacks.jsonl import JSONLines
-from rae.decoder import published_state_dict
-from rae.model import to_float
-from rae.registry import build
-from rae.run import build_model
+from rae.config.registry import build
+from rae.training.run import build_model
 from tests.conftest import GOLDEN, TINY, TINY_DINO, golden, metrics_of, relative_error
 
 REFERENCE = json.loads((GOLDEN / "trajectory.json").read_text())
@@ -34,7 +34,7 @@ class PooledDistance(LossTerm):
 
 @pytest.fixture(scope="module")
 def trajectory(tmp_path_factory):
-    from rae.config import Config
+    from rae.config.sections import Config
 
     run_dir = tmp_path_factory.mktemp("trajectory")
     images = golden("trajectory")["images"]

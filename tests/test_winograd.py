@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rae.winograd import FEWEST_CHANNELS, WinogradConv, use_winograd
+from rae.autoencoder.winograd import FEWEST_CHANNELS, WinogradConv, use_winograd
 from tests.conftest import relative_error
 
 

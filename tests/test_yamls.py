@@ -5,8 +5,8 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.models.vgg import cfgs, make_layers
 
-from rae.config import load_config
-from rae.run import train
+from rae.config.sections import load_config
+from rae.training.run import train
 from tests.conftest import GOLDEN, ROOT, metrics_of
 
 YAMLS = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
@@ -91,7 +91,7 @@ def test_the_published_recipe(monkeypatch):
 
 
 def test_a_missing_bucket_is_named(monkeypatch):
-    from rae.registry import UserError
+    from rae.config.registry import UserError
 
     monkeypatch.delenv("RAE_BUCKET", raising=False)
     with pytest.raises(UserError, match="RAE_BUCKET"):

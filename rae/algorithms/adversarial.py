@@ -11,8 +11,8 @@ from composer.utils import dist
 from torch import Tensor
 
 from rae.algorithms.base import in_precision, loss_scale, precision_context, reached, unwrapped
-from rae.discriminator import diff_augment
-from rae.losses import (
+from rae.autoencoder.discriminator import diff_augment
+from rae.autoencoder.losses import (
     D_LOSSES,
     G_LOSSES,
     adaptive_weight,
@@ -22,8 +22,8 @@ from rae.losses import (
     value_and_gradient,
     with_gradient,
 )
-from rae.model import RAEModel, quantize, to_float
-from rae.registry import PluginEntry, TimeString, build, check_arguments, register
+from rae.autoencoder.model import RAEModel, quantize, to_float
+from rae.config.registry import PluginEntry, TimeString, build, check_arguments, register
 
 
 def adversarial_last(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algorithm]:
@@ -50,14 +50,14 @@ class Adversarial(Algorithm):
         loss: its loss, ``hinge`` or ``vanilla`` (softplus).
         generator_loss: ``linear`` (−mean logits) or ``softplus``.
         weight: of the GAN term, times the adaptive weight.
-        adaptive: balance the two gradients at the last layer (:func:`rae.losses.adaptive_weight`).
+        adaptive: balance the two gradients at the last layer (:func:`rae.autoencoder.losses.adaptive_weight`).
             With microbatches, the balance is struck in each.
         max_adaptive_weight: its cap.
         start: when the autoencoder begins to see the discriminator.
         discriminator_start: when the discriminator begins to train.
         updates_per_step: discriminator updates a step.
-        augment: DiffAug (:func:`rae.discriminator.diff_augment`) before the discriminator; a mapping overrides
-            its amounts, false turns it off.
+        augment: DiffAug (:func:`rae.autoencoder.discriminator.diff_augment`) before the discriminator; a mapping
+            overrides its amounts, false turns it off.
         fakes: ``fresh`` decodes the clean latents again with the updated weights, ``reused`` takes the step's
             own reconstructions (of noised latents, from before the update).
         chunk: reconstructions that the autoencoder's term takes through the discriminator at a time; fewer need less

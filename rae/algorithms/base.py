@@ -9,8 +9,8 @@ from composer.core import Precision, TimeUnit, get_precision_context
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rae.losses import note_gradient, value_and_gradient, with_gradient
-from rae.model import RAEModel, to_float
+from rae.autoencoder.losses import note_gradient, value_and_gradient, with_gradient
+from rae.autoencoder.model import RAEModel, to_float
 
 
 def reached(state: State, time: str) -> bool:

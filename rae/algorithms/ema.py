@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rae.registry import register
+from rae.config.registry import register
 
 LIVE_SUFFIX = "_live"
 """Evaluators whose label ends so are evaluated with the live weights."""

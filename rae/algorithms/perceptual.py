@@ -5,8 +5,8 @@ from typing import Literal
 from torch import Tensor
 
 from rae.algorithms.base import LossTerm
-from rae.losses import LPIPS, FeatureDistance
-from rae.registry import TimeString, register
+from rae.autoencoder.losses import LPIPS, FeatureDistance
+from rae.config.registry import TimeString, register
 
 
 @register("algorithm", "perceptual")
@@ -18,8 +18,8 @@ class Perceptual(LossTerm):
             a timm model, without learned weights.
         weight: 1.0 in the published recipe.
         start: when it sets in.
-        weights: where the backbone's weights come from; see :class:`rae.losses.LPIPS` and
-            :class:`rae.backbones.TimmFeatures`.
+        weights: where the backbone's weights come from; see :class:`rae.autoencoder.losses.LPIPS` and
+            :class:`rae.autoencoder.backbones.TimmFeatures`.
         model, levels: of a ``timm`` network.
         chunk: images that go through the network at a time; fewer need less memory, and the numbers are the same.
     """

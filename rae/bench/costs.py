@@ -15,12 +15,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rae.algorithms.ema import update_ema
+from rae.autoencoder.decoder import SIZES, Decoder
 from rae.bench.measure import Seconds, console, device, in_turns, show, summary
-from rae.checkpoints import STATE, seal
-from rae.config import load_config
-from rae.decoder import SIZES, Decoder
+from rae.config.sections import load_config
 from rae.plan.clock import Clock
 from rae.plan.step import Layout, Simulation, networks_of, tensors_of
+from rae.survival.checkpoints import STATE, seal
 
 
 def measure(size: str, repeats: int, step: Seconds | None = None) -> dict[str, Any]:

@@ -32,11 +32,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from rae import conversion
-from rae.data import open_dataset, train_loader, train_transform
-from rae.demo import photographs
-from rae.images import list_images
-from rae.parts import Options
+from rae.bench.photographs import photographs
+from rae.data import conversion
+from rae.data.dataset import open_dataset, train_loader, train_transform
+from rae.data.images import list_images
+from rae.data.parts import Options
 
 SIZE, SHORT, BATCH = 256, 384, 32
 REFERENCE = "ImageFolder + Pillow"

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from rae.autoencoder.decoder import SIZES
 from rae.bench.costs import published
 from rae.bench.step import settings
-from rae.decoder import SIZES
+from rae.config.registry import register
 from rae.plan.gpus import GPUS
-from rae.registry import register
 
 LAYOUTS = {"one rank": (1, "ddp"), "two DDP ranks": (2, "ddp"), "two FSDP ranks": (2, "fsdp")}
 STEPS = 6

@@ -14,9 +14,9 @@ from rae.bench.step import settings
 PLAIN = """
 import sys
 import torch
-from rae.decoder import Decoder
-from rae.encoders.dinov2 import DINOv2
-from rae.losses import LPIPS
+from rae.autoencoder.decoder import Decoder
+from rae.autoencoder.encoders.dinov2 import DINOv2
+from rae.autoencoder.losses import LPIPS
 encoder = DINOv2(sys.argv[1] + "/encoder").eval().requires_grad_(False)
 decoder = Decoder(384, 256, embed_dim=512, depth=8, num_heads=8, mlp_dim=2048)
 perceptual = LPIPS("vgg", sys.argv[1] + "/vgg16.pth")

@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTImageProcessor
 
-from rae import operations
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.perceptual import Perceptual
 from rae.bench.measure import Seconds, best_rates, device, peak_memory, ratios_of, summary, timed, wait
 from rae.bench.textbook import Bare, Figures, Parts, Textbook
+from rae.callbacks import operations
 from rae.callbacks.begin_step import seed_step
-from rae.config import Config
-from rae.registry import build, register
-from rae.run import build_model, build_trainer, check
+from rae.config.registry import build, register
+from rae.config.sections import Config
+from rae.training.run import build_model, build_trainer, check
 
 PHASES = {"L1 + LPIPS": (False, False), "+ discriminator": (True, False), "+ GAN": (True, True)}
 """Phase -> whether the discriminator trains, and whether the autoencoder sees it."""

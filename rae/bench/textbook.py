@@ -13,10 +13,10 @@ from torch.nn.utils import spectral_norm
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.ema import update_ema
 from rae.algorithms.perceptual import Perceptual
-from rae.discriminator import SpectralConv
-from rae.losses import adaptive_weight, gradient_at, last_layer_gradient, value_and_gradient, with_gradient
-from rae.model import RAE, quantize, to_float
-from rae.optimizers import adamw
+from rae.autoencoder.discriminator import SpectralConv
+from rae.autoencoder.losses import adaptive_weight, gradient_at, last_layer_gradient, value_and_gradient, with_gradient
+from rae.autoencoder.model import RAE, quantize, to_float
+from rae.training.optimizers import adamw
 
 Figures = dict[str, Tensor]
 DECAY, GAN_WEIGHT = 0.9978, 0.75

@@ -20,7 +20,9 @@ from composer.utils import create_interval_scheduler, dist, retry
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from rae.checkpoints import (
+from rae.config.registry import RankError, UserError
+from rae.config.sections import is_remote
+from rae.survival.checkpoints import (
     CONFIG,
     METRICS,
     SHARDED,
@@ -36,9 +38,7 @@ from rae.checkpoints import (
     seal,
     sync,
 )
-from rae.config import is_remote
-from rae.registry import RankError, UserError
-from rae.storage import RemoteFolder, reason
+from rae.survival.storage import RemoteFolder, reason
 
 log = logging.getLogger(__name__)
 
@@ -181,9 +181,9 @@ class Checkpointer(Callback):
     """Save the run every ``interval``, and when it is told to stop (SIGTERM, SIGINT). Always on.
 
     Composer's own saver writes in place, links ``latest`` in two steps, leaves what it uploaded to itself and cannot
-    tell a damaged file. Here a checkpoint is written beside its place, sealed (:func:`rae.checkpoints.seal`) and then
-    renamed, or uploaded with the seal last; so there is no instant at which a kill leaves half a checkpoint that
-    passes for a whole one. Composer's functions write the files themselves.
+    tell a damaged file. Here a checkpoint is written beside its place, sealed (:func:`rae.survival.checkpoints.seal`)
+    and then renamed, or uploaded with the seal last; so there is no instant at which a kill leaves half a checkpoint
+    that passes for a whole one. Composer's functions write the files themselves.
 
     Args:
         folder: local, or a URL.

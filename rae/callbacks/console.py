@@ -9,7 +9,7 @@ from composer.loggers import LoggerDestination
 from composer.utils import create_interval_scheduler, dist
 
 from rae.callbacks.progress import Progress
-from rae.registry import TimeString, register
+from rae.config.registry import TimeString, register
 
 
 @register("logger", "console")

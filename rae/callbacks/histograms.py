@@ -7,7 +7,7 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
 from rae.algorithms.adversarial import Adversarial
-from rae.registry import TimeString, register
+from rae.config.registry import TimeString, register
 
 QUANTILES = {"p01": 0.01, "p25": 0.25, "median": 0.5, "p75": 0.75, "p99": 0.99}
 

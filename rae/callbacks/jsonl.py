@@ -10,7 +10,7 @@ from composer import Logger, State
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
-from rae.registry import register
+from rae.config.registry import register
 
 
 @register("logger", "jsonl", context=("run_dir",))

@@ -16,8 +16,8 @@ from torchvision.utils import make_grid, save_image
 
 from rae.algorithms.base import unwrapped
 from rae.algorithms.ema import EMA
-from rae.model import quantize, to_float
-from rae.registry import TimeString, register
+from rae.autoencoder.model import quantize, to_float
+from rae.config.registry import TimeString, register
 
 _PADDING, _MARGIN, _FONT_SIZE = 2, 76, 12
 
@@ -52,7 +52,8 @@ class Pictures(Callback):
         eval_images: the evaluation data set (supplied).
         interval: how often; a picture is also made at the end.
         count: how many images.
-        noise_tau: of the noised row, see :func:`rae.layers.fixed_latent_noise`; the model's by default, 0 for no row.
+        noise_tau: of the noised row, see :func:`rae.autoencoder.layers.fixed_latent_noise`; the model's by default, 0
+            for no row.
     """
 
     def __init__(

@@ -10,11 +10,11 @@ from composer import Callback, Event, Logger, State
 from composer.core import TimeUnit
 from torch import Tensor
 
-from rae import operations
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.base import LossTerm, precision_context, unwrapped
+from rae.callbacks import operations
 from rae.callbacks.checkpointer import Checkpointer
-from rae.registry import in_steps
+from rae.config.registry import in_steps
 
 
 class Mean:

@@ -6,7 +6,7 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 
 from rae.algorithms.adversarial import Adversarial
-from rae.registry import register
+from rae.config.registry import register
 
 log = logging.getLogger(__name__)
 VERDICTS = {

@@ -9,8 +9,8 @@ from composer.utils import dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rae.data import Ledger
-from rae.losses import GRADIENT_NORMS
+from rae.autoencoder.losses import GRADIENT_NORMS
+from rae.data.dataset import Ledger
 
 _DECODER, _SAMPLES, _BAD_SAMPLES = "gradient/decoder", "samples", "data/bad_samples"
 

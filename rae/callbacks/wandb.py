@@ -7,7 +7,7 @@ from composer import Logger, State
 from composer.loggers import WandBLogger
 from composer.utils import dist
 
-from rae.registry import UserError, register
+from rae.config.registry import UserError, register
 
 
 @register("logger", "wandb", context=("run_dir",))

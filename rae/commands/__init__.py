@@ -8,7 +8,7 @@ import os
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True, weights: bool = True) -> None:
-    """The options of every command that opens an autoencoder; see :func:`rae.sources.open_source`.
+    """The options of every command that opens an autoencoder; see :func:`rae.exchange.sources.open_source`.
 
     Args:
         device: whether it computes.
@@ -38,7 +38,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True, w
 
 def check_counts(arguments: argparse.Namespace, *options: str) -> None:
     """Raise UserError for an option, by its attribute's name, that is given and less than 1."""
-    from rae.registry import UserError
+    from rae.config.registry import UserError
 
     for option in options:
         value = getattr(arguments, option)
@@ -52,7 +52,7 @@ def loading_workers(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: it is negative.
     """
-    from rae.registry import UserError
+    from rae.config.registry import UserError
 
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers must be 0 or more, not {arguments.workers}")

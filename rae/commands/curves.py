@@ -11,6 +11,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from rae.curves import plot
+    from rae.evaluation.curves import plot
 
     print(plot(arguments.run_dir))

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 from rae.commands import add_source_arguments
 
 if TYPE_CHECKING:
-    from rae.comparison import Evaluated
-    from rae.metrics import Reference
+    from rae.evaluation.comparison import Evaluated
+    from rae.evaluation.metrics import Reference
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +53,10 @@ def run(arguments: argparse.Namespace) -> None:
     import json
     from contextlib import nullcontext
 
-    from rae.config import rank
-    from rae.processes import join_ranks
-    from rae.sources import pick_device
-    from rae.storage import written
+    from rae.config.sections import rank
+    from rae.exchange.sources import pick_device
+    from rae.survival.processes import join_ranks
+    from rae.survival.storage import written
 
     _check(arguments)
     device = pick_device(arguments.device)
@@ -75,7 +75,7 @@ def _check(arguments: argparse.Namespace) -> None:
     import math
 
     from rae.commands import check_counts
-    from rae.registry import UserError
+    from rae.config.registry import UserError
 
     check_counts(arguments, "limit", "batch_size")
     for tau in arguments.tau:
@@ -89,10 +89,10 @@ def _evaluate(arguments: argparse.Namespace, device: Any) -> "tuple[list[Evaluat
     import sys
 
     from rae.commands import loading_workers
-    from rae.comparison import choose_metrics, data_of, evaluate_source
-    from rae.config import rank
-    from rae.images import open_images
-    from rae.sources import open_source
+    from rae.config.sections import rank
+    from rae.data.images import open_images
+    from rae.evaluation.comparison import choose_metrics, data_of, evaluate_source
+    from rae.exchange.sources import open_source
 
     options = (arguments.weights, "cpu", arguments.overrides, arguments.imports)
     opened = [open_source(name, *options) for name in arguments.sources]
@@ -119,7 +119,7 @@ def _print(results: "list[Evaluated]", about: dict[str, Any], compare: bool) -> 
     from rich.markup import escape
     from rich.table import Table
 
-    from rae.comparison import rows
+    from rae.evaluation.comparison import rows
 
     table = Table(title=f"{about['data']}: {about['images']:,} images", title_justify="left")
     table.add_column("")

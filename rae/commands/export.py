@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from rae.commands import add_source_arguments
 
 if TYPE_CHECKING:
-    from rae.config import Model
+    from rae.config.sections import Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from rae.handover import export
-    from rae.sources import open_source
+    from rae.exchange.handover import export
+    from rae.exchange.sources import open_source
 
     source = open_source(arguments.source, arguments.weights, overrides=arguments.overrides, imports=arguments.imports)
     source.name = arguments.name or source.name
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def tell_encoder(model: "Model", layout: str) -> None:
     """Say so, if the export names an encoder that only this machine has."""
-    from rae.exports import encoder_path
+    from rae.exchange.exports import encoder_path
 
     path = encoder_path(model)
     if layout == "rae" and path:

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     from tempfile import TemporaryDirectory
 
     from rae.commands.export import tell_encoder
-    from rae.handover import export, import_from, read_encoder
+    from rae.exchange.handover import export, import_from, read_encoder
 
     encoder = read_encoder(arguments.encoder) if arguments.encoder else None
     given = (encoder, arguments.yaml, arguments.decoder_config, arguments.stats)

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 from rae.commands import add_source_arguments, check_counts, loading_workers
 
 if TYPE_CHECKING:
-    from rae.reconstruction import Record
-    from rae.sources import Source
+    from rae.evaluation.reconstruction import Record
+    from rae.exchange.sources import Source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from torch.utils.data import ConcatDataset
 
-    from rae.gallery import write_gallery
-    from rae.images import open_images
-    from rae.reconstruction import PAGE, Reconstruction, build_figures, whole_folder, write_figures
-    from rae.sources import open_source, pick_device
+    from rae.data.images import open_images
+    from rae.evaluation.gallery import write_gallery
+    from rae.evaluation.reconstruction import PAGE, Reconstruction, build_figures, whole_folder, write_figures
+    from rae.exchange.sources import open_source, pick_device
 
     _check(arguments)
     device = pick_device(arguments.device)
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from rae.registry import UserError
+    from rae.config.registry import UserError
 
     check_counts(arguments, "limit", "batch_size", "gallery")
     loading_workers(arguments)
@@ -99,7 +99,7 @@ def _tell(line: str) -> None:
 
 
 def _tell_left_out(faults: list[str], total: int) -> None:
-    from rae.registry import UserError
+    from rae.config.registry import UserError
 
     if len(faults) == total:
         raise UserError(f"none of the images could be read: {faults[0]}")
@@ -146,7 +146,7 @@ def _report(out: str, records: "list[Record]", shown: int) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from rae.reconstruction import PAGE, summarize, text_of
+    from rae.evaluation.reconstruction import PAGE, summarize, text_of
 
     table = Table()
     for heading in ("", "mean", "median", "worst", "worst image"):

@@ -28,13 +28,13 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from rae.commands import check_counts, loading_workers
-    from rae.config import rank
-    from rae.images import open_images
-    from rae.latents import latent_statistics
-    from rae.processes import join_ranks
-    from rae.registry import UserError
-    from rae.sources import open_encoder, pick_device
-    from rae.storage import written
+    from rae.config.registry import UserError
+    from rae.config.sections import rank
+    from rae.data.images import open_images
+    from rae.exchange.latents import latent_statistics
+    from rae.exchange.sources import open_encoder, pick_device
+    from rae.survival.processes import join_ranks
+    from rae.survival.storage import written
 
     check_counts(arguments, "limit", "batch_size")
     if not arguments.out.endswith((".pt", ".pth")):
@@ -64,8 +64,8 @@ def _check_replaceable(out: str) -> None:
     import os
     from pathlib import Path
 
-    from rae.backbones import read_state_dict
-    from rae.registry import UserError
+    from rae.autoencoder.backbones import read_state_dict
+    from rae.config.registry import UserError
 
     if not os.path.isfile(out):
         return

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from rae.config import Config, is_remote
-from rae.registry import UserError
-from rae.shards import INDEX, read_index
+from rae.config.registry import UserError
+from rae.config.sections import Config, is_remote
+from rae.data.shards import INDEX, read_index
 
 
 @dataclass

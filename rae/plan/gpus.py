@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rae.registry import UserError, nearest
+from rae.config.registry import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 
 from composer import Time
 
-from rae.config import Config, is_remote, load_config
-from rae.encoders.architectures import PUBLISHED
+from rae.autoencoder.encoders.architectures import PUBLISHED
+from rae.config.registry import UserError, find
+from rae.config.sections import Config, is_remote, load_config
 from rae.plan.clock import Clock
 from rae.plan.data import DataSet, epoch_images, hold_latents, survey
 from rae.plan.gpus import GPU, chosen
 from rae.plan.step import Layout, Simulation
-from rae.registry import UserError, find
-from rae.run import check, save_folder
+from rae.training.run import check
 
 RESERVE = 2e9
 """Bytes beside tensors: the GPU's context, workspaces of cuDNN and NCCL, gaps between blocks. An assumption."""
@@ -225,7 +225,7 @@ def _encoder_source(config: Config) -> str:
 
 
 def _checkpoints(config: Config, clock: Clock, size: int) -> dict[str, Any]:
-    folder, keep = save_folder(config), config.trainer.get("save_num_checkpoints_to_keep", -1)
+    folder, keep = config.save_folder, config.trainer.get("save_num_checkpoints_to_keep", -1)
     found: dict[str, Any] = {"bytes": size, "folder": folder, "number": None, "kept": None, "uploaded": None}
     if folder is None:
         return {**found, "number": 0, "kept": 0, "uploaded": 0}

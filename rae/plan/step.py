@@ -27,15 +27,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rae import operations
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import precision_context
-from rae.config import Config
-from rae.layers import Frozen
-from rae.model import RAEModel
+from rae.autoencoder.layers import Frozen
+from rae.autoencoder.model import RAEModel
+from rae.callbacks import operations
+from rae.config.registry import build
+from rae.config.sections import Config
 from rae.plan.clock import Clock
-from rae.registry import build
-from rae.run import build_model
+from rae.training.run import build_model
 
 aten = torch.ops.aten
 

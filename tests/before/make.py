@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-
 from rae.conversion import write_shards
 from rae.handover import export
 from rae.images import list_images
 from rae.parts import Options
 from rae.sources import open_source
+from safetensors.torch import save_file
+
 from tests.conftest import TINY_DINO, launch, run, tiny_settings, write_images
 from tests.test_exports import make_encoder, make_source
 

@@ -1,0 +1,32 @@
+"""DINOv2 (arXiv 2304.07193), with registers (arXiv 2309.16588) or without."""
+
+from torch import Tensor
+
+from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained, grid_of, without_affine
+from rae.config.registry import register
+
+
+@register("encoder", "dinov2", "Dinov2withNorm")
+class DINOv2(PretrainedEncoder):
+    """Patch tokens of the last layer; the final LayerNorm keeps no affine.
+
+    Args:
+        pretrained: a hub id, or a folder that transformers saved.
+        input_size: pixels a side, a multiple of the patch size (14): 224 gives 256 tokens.
+    """
+
+    def __init__(self, pretrained: str = "facebook/dinov2-with-registers-base", input_size: int = 224):
+        from transformers import AutoModel
+
+        backbone, processor = from_pretrained(AutoModel, pretrained)
+        config = backbone.config
+        if not config.model_type.startswith("dinov2"):
+            raise ValueError(f"{pretrained!r} is a {config.model_type} model, not a DINOv2")
+        grid = grid_of(input_size, config.patch_size)
+        super().__init__(config.hidden_size, input_size, grid, processor["image_mean"], processor["image_std"])
+        backbone.layernorm = without_affine(backbone.layernorm)
+        self.backbone = backbone
+        self.num_prefix_tokens = 1 + getattr(config, "num_register_tokens", 0)
+
+    def tokens(self, image: Tensor) -> Tensor:
+        return self.backbone(pixel_values=image).last_hidden_state[:, self.num_prefix_tokens :]

@@ -1,0 +1,33 @@
+"""Masked autoencoder's encoder (arXiv 2111.06377), used without masking."""
+
+import torch
+from torch import Tensor
+
+from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained, grid_of, without_affine
+from rae.config.registry import register
+
+
+@register("encoder", "mae", "MAEwNorm", "MaeEncoder")
+class MAE(PretrainedEncoder):
+    """All patch tokens in order, CLS dropped; the final LayerNorm keeps no affine.
+
+    Args:
+        pretrained: a hub id, or a folder that transformers saved.
+        input_size: pixels a side, a multiple of the patch size (16): 256 gives 256 tokens.
+    """
+
+    def __init__(self, pretrained: str = "facebook/vit-mae-base", input_size: int = 256):
+        from transformers import ViTMAEModel
+
+        backbone, processor = from_pretrained(ViTMAEModel, pretrained, mask_ratio=0.0)
+        config = backbone.config
+        grid = grid_of(input_size, config.patch_size)
+        super().__init__(config.hidden_size, input_size, grid, processor["image_mean"], processor["image_std"])
+        backbone.layernorm = without_affine(backbone.layernorm)
+        self.backbone = backbone
+
+    def tokens(self, image: Tensor) -> Tensor:
+        # The model sorts tokens by this noise: a rising one keeps their order.
+        order = torch.arange(self.grid**2, device=image.device, dtype=torch.float32).expand(len(image), -1)
+        output = self.backbone(pixel_values=image, noise=order, interpolate_pos_encoding=True)
+        return output.last_hidden_state[:, 1:]

@@ -1,0 +1,31 @@
+"""SigLIP 2's vision tower (arXiv 2502.14786)."""
+
+from torch import Tensor
+
+from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained, grid_of, without_affine
+from rae.config.registry import register
+
+
+@register("encoder", "siglip2", "SigLIP2", "SigLIP2wNorm")
+class SigLIP2(PretrainedEncoder):
+    """All tokens (there is no CLS); the post-LayerNorm keeps no affine.
+
+    Args:
+        pretrained: a hub id, or a folder that transformers saved.
+        input_size: pixels a side, a multiple of the patch size (16): 256 gives 256 tokens.
+    """
+
+    final_norm = "vision_model.post_layernorm"
+
+    def __init__(self, pretrained: str = "google/siglip2-base-patch16-256", input_size: int = 256):
+        from transformers import SiglipVisionModel
+
+        backbone, processor = from_pretrained(SiglipVisionModel, pretrained)
+        config = backbone.config
+        grid = grid_of(input_size, config.patch_size)
+        super().__init__(config.hidden_size, input_size, grid, processor["image_mean"], processor["image_std"])
+        backbone.vision_model.post_layernorm = without_affine(backbone.vision_model.post_layernorm)
+        self.backbone = backbone
+
+    def tokens(self, image: Tensor) -> Tensor:
+        return self.backbone(pixel_values=image, interpolate_pos_encoding=True).last_hidden_state

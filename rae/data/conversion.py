@@ -1,0 +1,258 @@
+"""Images to MDS shards: what is stored of an image, the commands' options, and their report."""
+
+import argparse
+import collections
+import concurrent.futures
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from streaming.base.compression import is_compression
+from streaming.base.hashing import is_hash
+from streaming.base.util import bytes_to_int
+from torchvision.io import encode_jpeg
+
+from rae.config.registry import UserError
+from rae.data.dataset import decode, first_line, resize_short_side
+from rae.data.parts import Job, Options, PartWriter, finish, run_parts, stopping
+from rae.data.shards import SUMMARY, Place
+
+COLUMNS = {"image": "bytes", "label": "int", "path": "str"}
+_READ_AHEAD = 16
+"""Images that a worker requests from a bucket at a time."""
+
+
+class ImageSource(Protocol):
+    """A sequence of encoded images: ``source[i]`` is (name, file bytes, label).
+
+    ``fingerprint`` changes with the list of images, ``remote`` says that reading one waits for a network.
+    """
+
+    classes: list[str]
+    fingerprint: str
+    remote: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[str, bytes, int]: ...
+
+
+def encode(data: bytes, options: Options) -> bytes:
+    """What is stored of an image file, which must decode: its bytes, or it resized as JPEG."""
+    image = decode(data)
+    if options.resize is None or (min(image.shape[1:]) == options.resize and data[:2] == b"\xff\xd8"):
+        return data  # encoding again would only lose quality
+    if min(image.shape[1:]) != options.resize:
+        image = resize_short_side(image, options.resize)
+    return encode_jpeg(image, options.quality).numpy().tobytes()
+
+
+def write_shards(source: ImageSource, options: Options, first: int = 0, last: int | None = None) -> dict[str, Any]:
+    """Write ``source`` as MDS shards with columns image (file bytes), label (int) and path (str).
+
+    Args:
+        first, last: write the images at these positions of the order only (of the shuffled one, unless it is kept).
+
+    Returns:
+        what ``dataset.json`` holds: images, bytes, classes, counts, skipped, options, seconds, content_hash.
+
+    Raises:
+        UserError: no images, an existing output, or more unreadable images than ``max_skipped``.
+    """
+    last = len(source) if last is None else last
+    if last <= first:
+        raise UserError("there are no images to convert")
+    began, place = time.perf_counter(), Place(options.out)
+    content: dict[str, Any] = {"source": f"{source.fingerprint} {first}:{last}", "options": options.content()}
+    place.refuse_existing(options.overwrite)  # before the images are looked at
+    plan = {**content, "part": _part_size(source, options, first, last)}
+    plan = place.begin(plan, options.overwrite)
+    job = Job(source, options, place, first, last, plan["part"], plan["resumed"])
+    records, skipped = [], []
+    for record in run_parts(_image_part, job, job.parts(), options.workers):
+        records.append(record)
+        skipped += record["skipped"]
+        if len(skipped) > options.max_skipped:
+            raise _too_many(skipped, options.max_skipped)
+    return finish(place, records, source.classes, content["options"], time.perf_counter() - began)
+
+
+def _part_size(source: ImageSource, options: Options, first: int, last: int) -> int:
+    """Images a part: about a shard's, as a sample of them says, but no fewer than 16 parts."""
+    sizes = []
+    for index in np.linspace(0, len(source) - 1, min(16, len(source)), dtype=int):
+        try:
+            sizes.append(len(encode(source[int(index)][1], options)))
+        except Exception:  # what cannot be read is reported when its turn comes
+            continue
+    a_shard = 0.95 * bytes_to_int(options.shard_size) / (np.mean(sizes) + 64) if sizes else 1
+    return max(1, min(int(a_shard), -(-(last - first) // 16)))
+
+
+def _too_many(skipped: list[dict[str, str]], limit: int) -> UserError:
+    shown = "; ".join(f"{s['path']} ({s['reason']})" for s in skipped[:5])
+    return UserError(
+        f"{len(skipped)} unreadable image{'s' if len(skipped) > 1 else ''}, {limit} allowed: {shown}; "
+        "mend or remove them, or leave them out with --max-skipped N"
+    )
+
+
+def _image_part(job: Job, part: int) -> dict[str, Any]:
+    counts: collections.Counter[int] = collections.Counter()
+    skipped, size = [], 0
+    with PartWriter(job, part, COLUMNS) as writer:
+        for name, data, label, fault in _read_encoded(job, part):
+            if fault:
+                skipped.append({"path": name, "reason": fault})
+                if len(skipped) > job.options.max_skipped:
+                    break
+                continue
+            writer.write({"image": data, "label": label, "path": name})
+            counts[label] += 1
+            size += len(data)
+            if stopping():
+                raise UserError("interrupted")
+        return writer.finish(counts=counts, bytes=size, skipped=skipped)
+
+
+def _read_encoded(job: Job, part: int) -> Iterator[tuple[str, bytes, int, str]]:
+    for index, read in _read_ahead(job.source, job.indices(part)):
+        name, label = f"image {index}", 0
+        try:
+            name, data, label = read()
+            yield name, encode(data, job.options), label, ""
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's fault, not the image's
+            yield name, b"", label, f"{type(error).__name__}: {first_line(error)}"
+
+
+def _read_ahead(source: Any, indices: np.ndarray) -> Iterator[tuple[int, Callable[[], Any]]]:
+    if not source.remote:
+        yield from ((int(i), lambda i=i: source[int(i)]) for i in indices)
+        return
+    with concurrent.futures.ThreadPoolExecutor(_READ_AHEAD) as pool:
+        waiting: collections.deque[Any] = collections.deque()
+        for i in indices:
+            waiting.append((int(i), pool.submit(source.__getitem__, int(i)).result))
+            if len(waiting) >= _READ_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command-line form of :class:`Options`."""
+    parser.add_argument("out", help="where the shards go: a local folder, or s3://bucket/folder")
+    parser.add_argument("--resize", type=int, metavar="PIXELS", help="bring the short side to this, stored as JPEG")
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality with --resize (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=Options.workers, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--max-skipped", type=int, default=0, metavar="N", help="leave out up to N unreadable images (default: 0)"
+    )
+    parser.add_argument("--shard-size", default="64mb", help="largest shard (default: %(default)s)")
+    parser.add_argument("--compression", help="compress shards, e.g. zstd (images hardly shrink)")
+    parser.add_argument(
+        "--hashes",
+        type=lambda text: tuple(sorted(set(text.split(",")))),
+        default=Options.hashes,
+        help="of shards, comma-separated: xxh64 (default), sha256, …",
+    )
+    parser.add_argument("--keep-order", action="store_true", help="keep the source's order (default: shuffled, fixed)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing or unfinished data set")
+
+
+def options_from(arguments: argparse.Namespace) -> Options:
+    """Checked :class:`Options` from parsed arguments.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    options = Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
+    for name, low, high in (("resize", 1, 65500), ("quality", 1, 100), ("workers", 1, 1024)):
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name} must be between {low} and {high}, not {value}")
+    try:
+        size = bytes_to_int(options.shard_size)
+    except ValueError as error:
+        raise UserError(f"--shard-size {options.shard_size!r}: write it as 64mb") from error
+    if not 1024 <= size < 2**32:
+        raise UserError(f"--shard-size {options.shard_size!r} must be between 1kb and 4gb")
+    if options.compression is not None and not is_compression(options.compression):
+        raise UserError(
+            f"--compression {options.compression!r} is unknown; zstd, zstd:7, gz, bz2, br and snappy are known"
+        )
+    for algorithm in options.hashes:
+        if not is_hash(algorithm):
+            raise UserError(f"--hashes: {algorithm!r} is unknown; xxh64, xxh3_128, sha1 and sha256 are some")
+    if options.max_skipped < 0:
+        raise UserError(f"--max-skipped must not be negative, but is {options.max_skipped}")
+    return options
+
+
+def add_val_fraction(parser: argparse.ArgumentParser) -> None:
+    """The option that :func:`convert_splits` takes."""
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="put this share of the images into OUT/val, the rest into OUT/train",
+    )
+
+
+def convert_splits(source: ImageSource, options: Options, val_fraction: float | None) -> None:
+    """Convert into ``OUT``, or a random share of the images into ``OUT/val`` and the rest into ``OUT/train``; report.
+
+    Raises:
+        UserError: a share that leaves a side empty, or the order is to be kept.
+    """
+    if val_fraction is None:
+        report(write_shards(source, options), options.out)
+        return
+    held_out = round(val_fraction * len(source))
+    if not 0 < held_out < len(source):
+        raise UserError(f"--val-fraction {val_fraction} of {len(source)} images leaves nothing on one side")
+    if options.keep_order:
+        raise UserError("--val-fraction takes the images at random, so --keep-order cannot be had with it")
+    for name, first, last in (("train", held_out, len(source)), ("val", 0, held_out)):
+        into = replace(options, out=f"{options.out.rstrip('/')}/{name}")
+        report(write_shards(source, into, first, last), into.out)
+
+
+def report(summary: dict[str, Any], out: str) -> None:
+    """Print what a conversion did as a table; what was left out, with reasons, as another."""
+    console = Console(soft_wrap=True, highlight=False)
+    rate = summary["images"] / max(summary["seconds"], 0.01)
+    console.print(f"{out}: {summary['images']:,} images, {len(summary['classes'])} classes")
+    table = Table("", "", show_header=False)
+    table.add_row("images", f"{summary['images']:,}")
+    table.add_row("classes", f"{len(summary['classes']):,}")
+    table.add_row("bytes", f"{summary['bytes']:,}")
+    table.add_row("seconds", f"{summary['seconds']:,}")
+    table.add_row("images/s", f"{rate:,.0f}")
+    table.add_row("left out", f"{len(summary['skipped']):,}")
+    console.print(table)
+    if summary["skipped"]:
+        console.print(f"left out {len(summary['skipped'])} unreadable:")
+        for skip in summary["skipped"][:20]:
+            console.print(f"  {skip['path']}: {skip['reason']}", markup=False)
+        console.print(f"all of it: {out}/{SUMMARY}")
+
+
+def run_command(convert: Callable[[], None]) -> None:
+    """Run a conversion command; a user's mistake or a full disk is one line and exit code 2, an interruption 130."""
+    torch.set_num_threads(1)  # the worker processes are the threads
+    try:
+        convert()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where complete shards end", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,147 @@
+"""Handing an autoencoder on: exports in three layouts, with a model card, and imports of others' into ours."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from rae.autoencoder.model import read_stats
+from rae.config.registry import UserError, check_plugin, import_plugins
+from rae.config.sections import load_config, save_config
+from rae.exchange import diffusers_format, exports, published
+from rae.exchange.card import model_card
+from rae.exchange.exports import Exported, includes_encoder, local_file, local_folder, new_folder, read_json
+from rae.exchange.sources import Source
+
+LAYOUTS = ("rae", "published", "diffusers")
+
+
+def export(
+    source: Source,
+    out: str,
+    layout: str = "rae",
+    with_encoder: bool = False,
+    stats: str | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write an autoencoder to a new folder, with its model card and its run's configuration.
+
+    Args:
+        out: local, or a URL.
+        layout: one of :data:`LAYOUTS`.
+        with_encoder: copy the encoder's weights too; layout ``rae``, where a source that brings its own always does.
+        stats: a file of latent statistics, to use in place of the source's own.
+
+    Returns:
+        what is known of it, as layout ``rae`` says it.
+
+    Raises:
+        UserError: it cannot be expressed in that layout, or ``out`` cannot be written.
+    """
+    rae, about = source.rae.cpu(), source.about()
+    if with_encoder and layout != "rae":
+        raise UserError("--with-encoder goes with --format rae; diffusers includes it always, published never")
+    if stats:
+        with TemporaryDirectory(prefix="rae-") as scratch:
+            rae.latent_mean, rae.latent_var = read_stats(str(local_file(stats, Path(scratch))), rae.encoder.network)
+    with new_folder(out, overwrite) as folder:
+        if layout == "rae":
+            about = exports.write(rae, about, folder, with_encoder or includes_encoder(about.model))
+        elif layout == "published":
+            published.write(rae, folder)
+        else:
+            diffusers_format.write(rae, folder)
+        if source.config is not None:
+            save_config(source.config, folder / exports.RUN)
+        included = {"diffusers": True, "published": False}.get(layout)
+        (folder / exports.CARD).write_text(model_card(rae, about, layout, source.config, included))
+    return about
+
+
+def import_from(
+    source: str,
+    encoder: Any = None,
+    run_yaml: str | None = None,
+    decoder_config: str | None = None,
+    stats: str | None = None,
+    scratch: Path = Path(),
+) -> Source:
+    """Open another program's autoencoder.
+
+    Args:
+        source: a published ``model.pt``, a folder that holds one, or a diffusers ``AutoencoderRAE`` folder.
+        encoder: for a published decoder, the encoder's settings, as in a configuration's ``model.encoder``.
+        run_yaml: a run's configuration that has them instead.
+        decoder_config: the decoder's config.json; by default that of the folder.
+        stats: latent statistics; by default the folder's ``stat.pt``.
+        scratch: local folder, for what is downloaded, and for a diffusers folder's encoder.
+
+    Raises:
+        UserError: it is nothing of the kind, or parts are missing or do not fit.
+    """
+    source = source.rstrip("/")
+    if source.endswith(".pt"):
+        model, folder = local_file(source, scratch), None
+    else:
+        folder = local_folder(source, scratch)
+        model = folder / published.DECODER
+        if not model.exists():
+            if encoder or run_yaml or decoder_config:
+                raise UserError(
+                    f"{source} has no {published.DECODER}: --encoder, --yaml and --decoder-config go with it"
+                )
+            return _import_diffusers(source, folder, scratch)
+    if bool(encoder) == bool(run_yaml):
+        raise UserError(
+            f"{source}: a published decoder does not say to which encoder it belongs; "
+            "give either --encoder '{dinov2: {…}}' or --yaml with a run's configuration"
+        )
+    if run_yaml:
+        config = load_config(run_yaml)
+        import_plugins(config.imports)
+        encoder = config.model.encoder
+    check_plugin("encoder", encoder, "--encoder")
+    rae, settings, image_size = published.read(
+        model,
+        _beside(decoder_config, folder, exports.CONFIG, scratch),
+        _beside(stats, folder, published.STATS, scratch),
+        encoder,
+    )
+    return Source(rae, image_size, _name_of(source), "given", settings)
+
+
+def read_encoder(text: str) -> Any:
+    """An encoder's settings written on the command line: ``mae``, or ``{mae: {pretrained: …}}``.
+
+    Raises:
+        UserError: it is no such thing.
+    """
+    try:
+        entry = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--encoder {text!r} is no YAML; write it as '{{mae: {{input_size: 256}}}}'") from error
+    check_plugin("encoder", entry, "--encoder")
+    return entry
+
+
+def _import_diffusers(source: str, folder: Path, scratch: Path) -> Source:
+    if not (folder / exports.CONFIG).is_file():
+        raise UserError(f"{source}: there is neither {published.DECODER} nor a diffusers {exports.CONFIG} in it")
+    content = read_json(folder / exports.CONFIG, f"{source}/{exports.CONFIG}")
+    if content.get("format") == "rae":
+        raise UserError(f"{source} is an export already; copy it, or use python -m rae export")
+    rae, settings, image_size = diffusers_format.read(folder, source, scratch)
+    return Source(rae, image_size, _name_of(source), "given", settings)
+
+
+def _beside(given: str | None, folder: Path | None, name: str, scratch: Path) -> Path | None:
+    if given:
+        return local_file(given, scratch)
+    return folder / name if folder is not None and (folder / name).is_file() else None
+
+
+def _name_of(source: str) -> str:
+    """A file's folder or a folder: what tells published weights apart, which are all called model.pt."""
+    parts = [part for part in source.removesuffix(f"/{published.DECODER}").split("/") if part]
+    return parts[-1].removesuffix(".pt") if parts else "rae"

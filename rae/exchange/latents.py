@@ -1,0 +1,236 @@
+"""Precomputed latents: a data set through the frozen encoder once, as MDS shards, with their statistics."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from streaming.base.format.mds.encodings import get_mds_encoded_size
+from streaming.base.util import bytes_to_int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rae.autoencoder.encoders.base import Encoder
+from rae.autoencoder.layers import Frozen
+from rae.config.registry import UserError, build
+from rae.config.sections import Config, is_remote, rank, world_size
+from rae.data.dataset import Batcher, ImageDataset, IndexedImages, eval_transform, open_dataset, opening, start_worker
+from rae.data.images import batches, with_bar
+from rae.data.parts import Job, Options, PartWriter, finish
+from rae.data.shards import RECORDS, Place
+from rae.survival.processes import barrier, of_first_rank
+
+STATS = "stat.pt"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Moments:
+    """Count, mean and summed squared deviations of samples (C, h, w), in double precision.
+
+    Parts are merged by the formula of Chan, Golub and LeVeque (1979), which does not cancel: the result does not
+    depend on how the samples were divided, nor on their order.
+    """
+
+    def __init__(self, count: int = 0, mean: Tensor | float = 0.0, m2: Tensor | float = 0.0):
+        self.count, self.mean, self.m2 = count, mean, m2
+
+    def add(self, batch: Tensor) -> None:
+        """Take in a batch (B, C, h, w)."""
+        batch = batch.double()
+        mean = batch.mean(0)
+        self.merge(Moments(len(batch), mean, (batch - mean).square().sum(0)))
+
+    def merge(self, other: "Moments") -> None:
+        """Take in what another has seen."""
+        if other.count == 0:
+            return
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / count)
+        self.m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / count)
+        self.count = count
+
+    def on_cpu(self) -> "Moments":
+        """The same, in this machine's memory."""
+        return Moments(self.count, torch.as_tensor(self.mean).cpu(), torch.as_tensor(self.m2).cpu())
+
+    def statistics(self) -> dict[str, Tensor]:
+        """{mean, var}: float32 (C, h, w), the variance over all samples (divided by their count)."""
+        return {"mean": torch.as_tensor(self.mean).float(), "var": (torch.as_tensor(self.m2) / self.count).float()}
+
+
+def write_latents(
+    config: Config,
+    options: Options,
+    split: str = "train",
+    dtype: str = "bf16",
+    with_images: bool = False,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """Encode the centre crops of a run's data, in order, and write columns latent (C, h, w) and label.
+
+    bf16 latents are stored as uint16, which NumPy knows. Every rank encodes a part of the data; what a part's record
+    says is done is not done again. ``stat.pt`` beside the shards holds mean and var (C, h, w), as the published one.
+
+    Args:
+        config: its encoder, ``data.image_size``, and the paths of ``data.train`` or ``data.eval``.
+        options: out, shard_size, compression, hashes and overwrite are used.
+        split: ``train`` or ``eval``.
+        with_images: store the crops too, as uint8 (3, S, S), so that a decoder can be trained without its encoder.
+
+    Returns:
+        what ``dataset.json`` holds.
+
+    Raises:
+        UserError: no such data, or an output that exists.
+    """
+    began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
+    images = _open(config, split)
+    encoder = Frozen(build("encoder", config.model.encoder, "model.encoder")).to(device)
+    columns = _columns(encoder.network, dtype, config.data.image_size if with_images else None)
+    content = {**options.content(), "encoder": config.model.encoder, "image_size": config.data.image_size}
+    content |= {"split": split, "dtype": dtype, "with_images": with_images}
+    job = _begin(images, options, content, columns)
+    mine = [part for part in job.parts() if part % world_size() == rank() and job.done(part) is None]
+    loader = _loader(images, job, mine, batch_size, config.data.workers)
+    for part in with_bar(mine, "encoding"):
+        _write_part(job, part, columns, encoder, loader, DTYPES[dtype], device)
+    barrier()
+    summary: dict[str, Any] = {}
+    if rank() == 0:
+        summary = _finish(job, content, time.perf_counter() - began)
+    barrier()
+    return summary
+
+
+def _open(config: Config, split: str) -> ImageDataset:
+    source = getattr(config.data, split)
+    if source is None or source.path is None:
+        raise UserError(f"data.{split}.path: there is none, so there is nothing to encode")
+    cache = source.cache or f"{config.run_dir}/cache/{split}"
+    with opening([cache if is_remote(source.path) else source.path], f"data.{split}.path: cannot open {source.path!r}"):
+        return open_dataset(source.path, cache, transform=eval_transform(config.data.image_size), seed=0)
+
+
+def _columns(encoder: Encoder, dtype: str, image_size: int | None) -> dict[str, str]:
+    stored = "uint16" if dtype == "bf16" else "float16"
+    columns = {"latent": f"ndarray:{stored}:{encoder.embed_dim},{encoder.grid},{encoder.grid}", "label": "int"}
+    if image_size is not None:
+        columns["image"] = f"ndarray:uint8:3,{image_size},{image_size}"
+    return columns
+
+
+def _begin(images: ImageDataset, options: Options, content: dict[str, Any], columns: dict[str, str]) -> Job:
+    place = Place(options.out)
+    part = max(1, min(bytes_to_int(options.shard_size) // _sample_bytes(columns), -(-images.size // 16)))
+    plan: Any = None
+    if rank() == 0:
+        try:
+            source = f"{images.streams[0].remote or images.streams[0].local} {images.size}"
+            plan = place.begin({"source": source, "options": content, "part": part}, options.overwrite)
+        except UserError as error:
+            plan = error
+    plan = of_first_rank(plan)
+    if isinstance(plan, UserError):
+        raise plan
+    return Job(images, options, place, 0, images.size, plan["part"], plan["resumed"])
+
+
+def _sample_bytes(columns: dict[str, str]) -> int:
+    return sum(get_mds_encoded_size(encoding) or 0 for encoding in columns.values())
+
+
+def _loader(images: ImageDataset, job: Job, parts: list[int], batch_size: int, workers: int) -> Iterator[Any]:
+    batches = [
+        list(positions[i : i + batch_size])
+        for positions in map(job.positions, parts)
+        for i in range(0, len(positions), batch_size)
+    ]
+    loader = DataLoader(
+        IndexedImages(images),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=Batcher(batch_size),
+        worker_init_fn=start_worker,
+    )
+    return iter(loader)
+
+
+def _write_part(
+    job: Job,
+    part: int,
+    columns: dict[str, str],
+    encoder: Frozen,
+    batches: Iterator[Any],
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    moments, counts, left = Moments(), dict[int, int](), len(job.positions(part))
+    with PartWriter(job, part, columns) as writer:
+        while left:
+            batch = next(batches)
+            left -= len(batch["label"])
+            latent = _encode(encoder, batch["image"].to(device))
+            moments.add(latent)
+            stored = latent.to(dtype).cpu()
+            stored = stored.view(torch.uint16) if dtype == torch.bfloat16 else stored
+            for row, image, label in zip(stored, batch["image"], batch["label"].tolist(), strict=True):
+                sample = {"latent": row.numpy(), "label": label}
+                writer.write(sample | ({"image": image.contiguous().numpy()} if "image" in columns else {}))
+                counts[label] = counts.get(label, 0) + 1
+        file = Path(writer.folder.name, STATS)
+        torch.save(vars(moments), file)
+        job.place.move(file, f"{RECORDS}/{part:06}.pt")
+        size = sum(counts.values()) * _sample_bytes(columns)
+        writer.finish(counts=counts, bytes=size, skipped=[])
+
+
+@torch.no_grad()
+def _encode(encoder: Frozen, image: Tensor) -> Tensor:
+    tokens = encoder(image.float() / 255)
+    grid = encoder.network.grid
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, grid, grid)
+
+
+@torch.no_grad()
+def latent_statistics(
+    encoder: Encoder, images: Dataset, batch_size: int = 64, workers: int = 0, device: str | torch.device = "cpu"
+) -> tuple[dict[str, Tensor], int]:
+    """Mean and variance of the latents of images, exactly: over all ranks, whatever the batches and their order.
+
+    The latents are the encoder's own: clean, and before any statistics are applied.
+
+    Args:
+        images: see :func:`rae.data.images.open_images`.
+
+    Returns:
+        {mean, var}: float32 (C, h, w), the published layout; and how many images they are of.
+    """
+    frozen, moments = Frozen(encoder).to(device), Moments()
+    for batch in batches(images, batch_size, workers, "encoding"):
+        moments.add(_encode(frozen, batch["image"].to(device)))
+    if dist.is_initialized():
+        parts = [Moments()] * world_size()
+        dist.all_gather_object(parts, moments.on_cpu())
+        moments = Moments()
+        for part in parts:
+            moments.merge(part)
+    return moments.on_cpu().statistics(), moments.count
+
+
+def _finish(job: Job, content: dict[str, Any], seconds: float) -> dict[str, Any]:
+    moments, records = Moments(), []
+    for part in job.parts():
+        record = job.place.read(f"{RECORDS}/{part:06}.json")
+        with job.place.open(f"{RECORDS}/{part:06}.pt") as file:
+            moments.merge(Moments(**torch.load(file)))
+        records.append(record)
+    classes = sorted({int(label) for record in records for label in record["counts"]})
+    names = [str(label) for label in range(max(classes) + 1)]
+    with tempfile.TemporaryDirectory(dir=job.place.scratch(), prefix="part-") as folder:
+        torch.save(moments.statistics(), Path(folder, STATS))
+        job.place.move(Path(folder, STATS), STATS)
+    return finish(job.place, records, names, content, seconds)

@@ -1,0 +1,114 @@
+"""The layout of the published weights: ``model.pt``, a decoder's ``config.json``, ``stat.pt``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae.autoencoder.backbones import read_state_dict
+from rae.autoencoder.decoder import SIZES, Decoder, load_published, published_state_dict
+from rae.autoencoder.encoders.base import Encoder
+from rae.autoencoder.layers import sincos_positions
+from rae.autoencoder.model import RAE
+from rae.config.registry import UserError, build
+from rae.config.sections import DecoderSizes, Model
+from rae.exchange.exports import CONFIG, decoder_sizes, read_json, write_json
+
+DECODER, STATS = "model.pt", "stat.pt"
+SIZE_KEYS = {  # ours -> those of a published decoder's config.json
+    "embed_dim": "decoder_hidden_size",
+    "depth": "decoder_num_hidden_layers",
+    "num_heads": "decoder_num_attention_heads",
+    "mlp_dim": "decoder_intermediate_size",
+}
+
+
+def write(rae: RAE, folder: Path) -> None:
+    """Write the decoder, its configuration and, if there are any, the latent statistics into an existing folder."""
+    state = {name: tensor.clone() for name, tensor in published_state_dict(rae.decoder).items()}
+    with (folder / DECODER).open("wb") as file:  # so that a full disk is an OSError
+        torch.save(state, file)
+    if rae.latent_mean is not None:
+        with (folder / STATS).open("wb") as file:
+            torch.save({"mean": rae.latent_mean, "var": rae.latent_var}, file)
+    write_json(folder / CONFIG, published_config(rae.decoder))
+
+
+def published_config(decoder: Decoder) -> dict[str, Any]:
+    """A decoder's configuration in the published form, which is transformers' of a ViT-MAE."""
+    sizes = decoder_sizes(decoder)
+    return {
+        "model_type": "vit_mae",
+        "hidden_size": decoder.embed.in_features,
+        **{theirs: getattr(sizes, ours) for ours, theirs in SIZE_KEYS.items()},
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "qkv_bias": True,
+        "num_channels": 3,
+        "image_size": decoder.grid * decoder.patch_size,
+        "patch_size": decoder.patch_size,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+def read(model: Path, config: Path | None, stats: Path | None, encoder: Any) -> tuple[RAE, Model, int]:
+    """An autoencoder of published files.
+
+    Args:
+        model: ``model.pt``.
+        config: the decoder's ``config.json``, which tells the number of heads; or None, where the tensors' shapes are
+            those of a named size.
+        stats: ``stat.pt``, or None.
+        encoder: the encoder's settings, as in a configuration's ``model.encoder``.
+
+    Returns:
+        it, its settings, and the side of its images.
+
+    Raises:
+        UserError: files that cannot be read or do not fit the encoder or each other.
+    """
+    state = {name.removeprefix("decoder."): tensor for name, tensor in read_state_dict(model).items()}
+    if not is_decoder(state):
+        raise UserError(f"{model} is no published decoder: it holds {', '.join(sorted(state)[:3]) or 'nothing'}, …")
+    sizes, image_size = sizes_of(state)
+    if config:
+        sizes["num_heads"] = read_json(config, str(config)).get(SIZE_KEYS["num_heads"]) or sizes["num_heads"]
+    if sizes["num_heads"] is None:
+        raise UserError(f"{model}: its number of heads is not known; give the decoder's config.json, --decoder-config")
+    network: Encoder = build("encoder", encoder, "model.encoder")
+    width = state["decoder_embed.weight"].shape[1]
+    if network.embed_dim != width:
+        raise UserError(f"{model} decodes latents of {width} channels, but the encoder gives {network.embed_dim}")
+    try:
+        decoder = Decoder(width, image_size, **sizes)
+    except ValueError as error:
+        raise UserError(f"{model}: {error}") from error
+    load_published(decoder, str(model))
+    rae = RAE(network, decoder, latent_stats=str(stats) if stats else None).eval()
+    return rae, Model(encoder=encoder, decoder=DecoderSizes(**sizes), noise_tau=0.0), image_size
+
+
+def sizes_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
+    """A published decoder's sizes, but for the number of heads, which only named sizes tell; and its image's side.
+
+    Args:
+        state: its tensors, which :func:`is_decoder` knows.
+    """
+    width, depth = state["decoder_embed.weight"].shape[0], sum(name.endswith("query.weight") for name in state)
+    mlp = state["decoder_layers.0.intermediate.dense.weight"].shape[0]
+    heads = {(dim, layers, hidden): heads for dim, layers, heads, hidden in SIZES.values()}.get((width, depth, mlp))
+    patch = round((state["decoder_pred.weight"].shape[0] / 3) ** 0.5)
+    positions = state["decoder_pos_embed"]
+    grid = round((positions.shape[1] - 1) ** 0.5)
+    fixed = width % 4 == 0 and torch.allclose(positions.float(), sincos_positions(width, grid), atol=1e-5)
+    sizes = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads, "mlp_dim": mlp}
+    return {**sizes, "trainable_positions": not fixed}, grid * patch
+
+
+def is_decoder(state: Mapping[str, Any]) -> bool:
+    """Whether tensors are those of a published decoder, as their names say."""
+    needed = ("decoder_embed.weight", "decoder_pos_embed", "decoder_pred.weight")
+    return {*needed, "decoder_layers.0.intermediate.dense.weight"} <= state.keys()

@@ -1,0 +1,246 @@
+"""Buckets, as far as checkpoints need them: list, upload, download, delete, and errors that say what to do.
+
+The stores themselves are Composer's (``s3://``, ``gs://``, ``oci://``, ``azure://``).
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from rae.config.registry import UserError
+
+# S3: an unreachable server is to be found in seconds; uploads are tried again above this.
+_S3_CLIENT = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 3}}
+_S3_SETTINGS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_REGION")
+_DELETABLE = ("s3", "gs")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REASONS = {  # what S3's servers and boto3 say -> what that means to the user
+    "NoSuchBucket": "there is no such bucket; create it, or mend the name",
+    "InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|ExpiredToken|AuthFailure": (
+        "wrong credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    ),
+    "AccessDenied|Forbidden|403": "these credentials have no permission for it",
+    "Unable to locate credentials|PartialCredentials": (
+        "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    ),
+    "Could not connect|Connect timeout|Connection refused|EndpointConnectionError|Name or service not known": (
+        "the server does not answer; check S3_ENDPOINT_URL and the network"
+    ),
+    "Invalid endpoint": "S3_ENDPOINT_URL must be a URL such as http://host:port",
+    "404|Not Found|NoSuchKey|not found": "it does not exist",
+}
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what a store's error means."""
+    text = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
+    for pattern, meaning in _REASONS.items():
+        if re.search(rf"\b({pattern})", text):
+            return meaning
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def can_delete(url: str) -> bool:
+    """Whether objects of this kind of store can be deleted here."""
+    return urlparse(url).scheme in _DELETABLE
+
+
+class RemoteFolder:
+    """A folder of a bucket; names are relative to it.
+
+    Args:
+        url: ``s3://bucket/folder`` and the like.
+
+    Raises:
+        UserError: an unknown kind of URL, or a client that cannot be made.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        parts = urlparse(self.url)
+        self.prefix = f"{parts.path.strip('/')}/" if parts.path.strip("/") else ""
+        self.store = _open_store(self.url, parts.scheme, parts.netloc)
+
+    def list(self) -> list[str]:
+        """Names of all objects below the folder."""
+        return [key.removeprefix(self.prefix) for key in self.store.list_objects(self.prefix)]
+
+    def upload(self, path: Path, name: str) -> None:
+        """Copy a local file to ``name``, replacing what is there."""
+        self.store.upload_object(f"{self.prefix}{name}", str(path))
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy ``name`` to a local file, replacing what is there.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        self.store.download_object(f"{self.prefix}{name}", str(path), overwrite=True)
+
+    def size(self, name: str) -> int:
+        """The bytes of an object.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        return self.store.get_object_size(f"{self.prefix}{name}")
+
+    def head(self, name: str, count: int) -> bytes:
+        """The first bytes of an object, without the rest where the store can."""
+        if urlparse(self.url).scheme == "s3":
+            key, span = f"{self.prefix}{name}", f"bytes=0-{count - 1}"
+            return self.store.client.get_object(Bucket=self.store.bucket, Key=key, Range=span)["Body"].read()
+        with tempfile.TemporaryDirectory() as folder:
+            self.download(name, Path(folder, "whole"))
+            with Path(folder, "whole").open("rb") as file:
+                return file.read(count)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; see :func:`can_delete`."""
+        for name in names:
+            key = f"{self.prefix}{name}"
+            if urlparse(self.url).scheme == "s3":
+                self.store.client.delete_object(Bucket=self.store.bucket, Key=key)
+            else:
+                self.store.bucket.blob(key).delete()
+
+    def check_writable(self, where: str) -> None:
+        """Write a small object and read it again, so that a fault shows before training and not at its first save.
+
+        Args:
+            where: the configuration's key, for the message.
+
+        Raises:
+            UserError: what is wrong, in a line.
+        """
+        name = f".preflight-{secrets.token_hex(4)}" if can_delete(self.url) else ".preflight"
+        with tempfile.TemporaryDirectory() as folder:
+            written, read = Path(folder, "written"), Path(folder, "read")
+            written.write_bytes(os.urandom(16))
+            try:
+                self.upload(written, name)
+            except Exception as error:
+                raise UserError(f"{where}: cannot write to {self.url}: {reason(error)}") from error
+            try:
+                self.download(name, read)
+            except Exception as error:
+                raise UserError(f"{where}: can write to {self.url} but not read: {reason(error)}") from error
+            if read.read_bytes() != written.read_bytes():
+                raise UserError(f"{where}: {self.url} gives back other bytes than were written")
+        if can_delete(self.url):
+            with contextlib.suppress(Exception):  # some may write and not delete
+                self.delete([name])
+
+    def check_readable(self, name: str, where: str) -> None:
+        """Read one object.
+
+        Raises:
+            UserError: what is wrong, in a line.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                self.download(name, Path(folder, "read"))
+            except Exception as error:
+                raise UserError(f"{where}: cannot read {self.url}/{name}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def written(out: str, where: str) -> Iterator[Path]:
+    """A path to write to; what is there at the context's end becomes the file ``out``, wholly or not at all.
+
+    Args:
+        out: local or a URL; that it can be written is checked at once.
+        where: what the user calls it, for messages.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder, _, name = out.rpartition("/")
+    if not name or os.path.isdir(out):
+        raise UserError(f"{where}: {out!r} is a folder; give a file's name")
+    fault = f"{where}: cannot write {out}"
+    if "://" in out:
+        remote = RemoteFolder(folder)
+        remote.check_writable(where)
+        with tempfile.TemporaryDirectory(prefix="rae-") as scratch:
+            yield Path(scratch, name)
+            try:
+                remote.upload(Path(scratch, name), name)
+            except Exception as error:
+                raise UserError(f"{fault}: {reason(error)}") from error
+        return
+    with _scratch_beside(Path(out), fault) as beside:
+        yield beside / name
+        os.replace(beside / name, out)
+
+
+@contextlib.contextmanager
+def filled(place: Path, fault: str, replace: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes ``place`` at the context's end, wholly or not at all.
+
+    Args:
+        place: a local folder.
+        fault: what a message about a failed write begins with.
+        replace: what is in ``place`` by then; otherwise that is an error.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with _scratch_beside(place, fault) as scratch:
+        folder = scratch / "out"
+        folder.mkdir()
+        yield folder
+        if replace and place.exists():
+            place.rename(scratch / "before")
+        folder.rename(place)
+
+
+@contextlib.contextmanager
+def _scratch_beside(place: Path, fault: str) -> Iterator[Path]:
+    """A folder on the disk of ``place``; errors of writing into it, and of no other kind, are the user's to mend."""
+    place = place.absolute()
+    try:
+        with contextlib.suppress(FileExistsError):  # be it a folder or not
+            place.parent.mkdir(parents=True)
+        made = tempfile.TemporaryDirectory(prefix=".rae-", dir=place.parent)
+    except OSError as error:
+        raise UserError(f"{fault}: {error.strerror}") from error
+    with made as scratch:
+        try:
+            yield Path(scratch)
+        except OSError as error:
+            inside = any(str(name).startswith(scratch) for name in (error.filename, error.filename2))
+            full = error.filename is None and error.errno in _FULL  # a write to an open file fails without its name
+            if not inside and not full:
+                raise
+            raise UserError(f"{fault}: {error.strerror}") from error
+
+
+@functools.lru_cache(8)
+def _s3_store(bucket: str, process: int, *settings: str) -> Any:
+    """A client, which takes tenths of a second to make. It is not used by forked processes, nor with other settings."""
+    from composer.utils import S3ObjectStore
+
+    return S3ObjectStore(bucket, client_config=dict(_S3_CLIENT))
+
+
+def _open_store(url: str, scheme: str, bucket: str) -> Any:
+    from composer.utils import maybe_create_object_store_from_uri  # heavy: only when there is a bucket
+
+    try:
+        if scheme == "s3":
+            settings = (os.environ.get(name, "") for name in ("S3_ENDPOINT_URL", *_S3_SETTINGS))
+            return _s3_store(bucket, os.getpid(), *settings)
+        return maybe_create_object_store_from_uri(url)
+    except NotImplementedError as error:
+        raise UserError(f"{url}: {scheme}:// is no known kind of storage; s3, gs, oci and azure are") from error
+    except Exception as error:
+        raise UserError(f"{url}: {reason(error)}") from error

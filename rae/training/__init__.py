@@ -1,0 +1,4 @@
+"""From a configuration to a Trainer that fits: checks, parts, parallelism, compilation, resuming.
+
+May import: config, survival, autoencoder, data, algorithms, callbacks, exchange, evaluation.
+"""

@@ -1,0 +1,199 @@
+"""Where a run goes on: the newest checkpoint that is whole, in the form that this launch loads."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from composer.utils import dist
+from omegaconf import OmegaConf
+from torch.distributed.checkpoint.api import CheckpointException
+
+from rae.config.registry import UserError
+from rae.config.sections import Config, is_remote
+from rae.survival.checkpoints import (
+    CONFIG,
+    SHARDED,
+    DamagedError,
+    Listed,
+    check_metadata,
+    check_whole,
+    fetch,
+    in_form,
+    list_checkpoints,
+    unseal,
+)
+from rae.survival.storage import RemoteFolder, reason
+
+log = logging.getLogger(__name__)
+_COURSE = (
+    *("seed", "data.image_size", "data.batch_size", "data.num_canonical_nodes", "data.train", "model", "optimizer"),
+    *("schedule", "algorithms", "trainer.precision", "trainer.device_train_microbatch_size"),
+)
+"""The keys that decide the course of training: a change of one is worth a line."""
+
+
+def newest(folders: Sequence[str], scratch: Path, damaged: Literal["older", "stop"]) -> Path | None:
+    """The newest complete and undamaged checkpoint, on this node's disk. A collective call.
+
+    Args:
+        folders: where to look: the run's checkpoints, local or remote, and what waits on this disk for its upload.
+        scratch: local folder for what is downloaded.
+        damaged: whether a checkpoint that is not whole means going on from an older one, or an error.
+
+    Returns:
+        its folder, or None if nothing was ever saved completely.
+
+    Raises:
+        UserError: a folder cannot be listed or read; damage and ``damaged: stop``; nothing but damage.
+    """
+    found = [(folder, checkpoint) for folder in folders for checkpoint in _listed(folder)]
+    # Of what waits for its upload, the incomplete is what an upload that succeeded has not yet removed.
+    found = [(folder, checkpoint) for folder, checkpoint in found if folder == folders[0] or checkpoint.parts]
+    skipped: list[tuple[str, Listed]] = []
+    for folder, checkpoint in sorted(found, key=lambda pair: (pair[1].age, pair[0] != folders[0]), reverse=True):
+        path, fault = _fetched(folder, checkpoint, scratch)
+        if path is not None:
+            _unseal(skipped)
+            return path
+        skipped.append((folder, checkpoint))
+        message = f"checkpoint {folder.rstrip('/')}/{checkpoint.name} is not used: {fault}"
+        if damaged == "stop":
+            raise UserError(f"{message}; remove it, or set checkpoints.damaged=older")
+        if dist.get_global_rank() == 0:
+            log.warning("%s", message)
+    if any(checkpoint.parts for _, checkpoint in found):
+        raise UserError(f"no checkpoint in {folders[0]} is whole; remove them to start from the beginning")
+    return None
+
+
+def _unseal(skipped: list[tuple[str, Listed]]) -> None:
+    """Keep what was not used from passing for newer or complete beside what this start will save."""
+    if dist.get_global_rank() == 0:
+        for folder, checkpoint in skipped:
+            unseal(folder, checkpoint)
+    dist.barrier()
+
+
+def used(folder: str) -> bool:
+    """Whether there are checkpoints in a folder. A collective call."""
+    return bool(_listed(folder))
+
+
+def _listed(folder: str) -> list[Listed]:
+    found: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            found[0] = list_checkpoints(folder)
+        except Exception as error:
+            found[0] = f"cannot list the checkpoints in {folder}: {reason(error)}"
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise UserError(found[0])
+    return found[0]
+
+
+def _fetched(folder: str, checkpoint: Listed, scratch: Path) -> tuple[Path | None, str]:
+    fault = fatal = ""
+    if dist.get_local_rank() == 0:
+        try:
+            path = fetch(folder, checkpoint, scratch)
+            if (path / SHARDED).is_file():
+                check_metadata(path)
+        except DamagedError as error:
+            fault = str(error)
+        except Exception as error:
+            fatal = f"cannot read checkpoint {checkpoint.name} of {folder}: {reason(error)}"
+    answers = dist.all_gather_object((fault, fatal))
+    for _, fatal in answers:
+        if fatal:
+            raise UserError(fatal)
+    faults = [fault for fault, _ in answers if fault]
+    local = scratch / checkpoint.name if is_remote(folder) else Path(folder, checkpoint.name)
+    return (None, faults[0]) if faults else (local, "")
+
+
+def given(path: str, scratch: Path, damaged: Literal["older", "stop"]) -> Path:
+    """The checkpoint that ``trainer.load_path`` names: a folder of checkpoints, one of them, or a ``.pt`` file.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if path.endswith(".pt"):
+        return _file(path, scratch)
+    parent, _, name = path.rstrip("/").rpartition("/")
+    ours = [checkpoint for checkpoint in _listed(parent or ".") if checkpoint.name == name]
+    if ours:
+        local, fault = _fetched(parent or ".", ours[0], scratch)
+        if local is None:
+            raise UserError(f"trainer.load_path: checkpoint {path} is not used: {fault}")
+        return local
+    found = newest([path], scratch, damaged)
+    if found is None:
+        raise UserError(f"trainer.load_path: there is no complete checkpoint in {path}")
+    return found
+
+
+def _file(path: str, scratch: Path) -> Path:
+    local, fault = Path(path), ""
+    if is_remote(path):
+        folder, _, name = path.rpartition("/")
+        local = scratch / name
+    if dist.get_local_rank() == 0:
+        try:
+            if is_remote(path):
+                scratch.mkdir(parents=True, exist_ok=True)
+                RemoteFolder(folder).download(name, local)
+            check_whole(local)
+        except Exception as error:
+            fault = str(error) if isinstance(error, DamagedError) else reason(error)
+    for answer in dist.all_gather_object(fault):
+        if answer:
+            raise UserError(f"trainer.load_path: {path}: {answer}")
+    return local
+
+
+def loadable(checkpoint: Path, sharded: bool, scratch: Path) -> Path:
+    """The checkpoint in the form that Composer is to load; see :func:`rae.survival.checkpoints.in_form`.
+
+    A collective call.
+
+    Raises:
+        UserError: it cannot be converted.
+    """
+    path: Path | None = None
+    fault = ""
+    if dist.get_local_rank() == 0:
+        try:
+            path = in_form(checkpoint, sharded, scratch / "converted")
+        except (Exception, CheckpointException) as error:
+            fault = reason(error)
+    answers = dist.all_gather_object((path, fault))
+    for _, each in answers:
+        if each:
+            raise UserError(f"checkpoint {checkpoint} cannot be converted for this launch: {each}")
+    return answers[dist.get_global_rank() - dist.get_local_rank()][0]
+
+
+def clear(scratch: Path) -> None:
+    """Remove what was downloaded or converted for loading. A collective call."""
+    dist.barrier()
+    if dist.get_local_rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def changes(checkpoint: Path, config: Config) -> list[str]:
+    """What differs between a checkpoint's configuration and this one, of what decides the course of training."""
+    file = checkpoint / CONFIG
+    if not file.is_file():
+        return []
+    before, now = _flat(OmegaConf.to_container(OmegaConf.load(file))), _flat(config.model_dump())
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+    return {prefix: tree} if prefix.startswith(_COURSE) and prefix != "data.train.cache" else {}
