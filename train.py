@@ -4,8 +4,8 @@ import argparse
 import os
 import sys
 
-from rae.config.registry import RankError, UserError
-from rae.config.sections import load_config
+from rae.config.errors import RankError, UserError
+from rae.config.loading import load_config
 from rae.survival.processes import follow_parent
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 from rae.data.conversion import add_options, add_val_fraction, convert_splits, options_from, run_command
 
 

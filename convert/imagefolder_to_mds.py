@@ -12,7 +12,7 @@ from rae.data.conversion import (
     run_command,
     write_shards,
 )
-from rae.data.images import list_images
+from rae.data.listing import list_images
 
 
 def main() -> None:

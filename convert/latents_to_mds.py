@@ -5,12 +5,13 @@ Several ranks share the work: composer -n 8 convert/latents_to_mds.py yamls/rae_
 
 import argparse
 
-from rae.config.registry import UserError, import_plugins
-from rae.config.sections import load_config, rank
+from rae.config.errors import UserError
+from rae.config.loading import load_config
+from rae.config.registry import import_plugins
 from rae.data.conversion import report, run_command
 from rae.data.parts import Options
 from rae.exchange.latents import DTYPES, write_latents
-from rae.survival.processes import join_ranks
+from rae.survival.processes import join_ranks, rank
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 from rae.data.conversion import run_command
 from rae.data.parts import Options
 from rae.data.verification import verify

@@ -6,7 +6,7 @@ import keyword
 import os
 import sys
 
-from rae.config.registry import RankError, UserError
+from rae.config.errors import RankError, UserError
 
 COMMANDS = {  # name, which is its module's in rae/commands -> what it does
     "demo": "train a small autoencoder on photographs, in minutes on two CPU cores",

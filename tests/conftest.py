@@ -20,7 +20,7 @@ from streaming.base.shared.memory import SharedMemory
 
 from rae.config.sections import Config
 from rae.data.conversion import write_shards
-from rae.data.images import list_images
+from rae.data.listing import list_images
 from rae.data.parts import Options
 from rae.survival.checkpoints import fetch, in_form, list_checkpoints, without_code
 

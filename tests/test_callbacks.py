@@ -17,7 +17,7 @@ from rae.callbacks.jsonl import JSONLines
 from rae.callbacks.progress import Mean, Part, time_left
 from rae.callbacks.referee import Referee
 from rae.config import registry
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 from rae.survival.checkpoints import fetch, in_form, list_checkpoints, without_code
 from tests.conftest import (
     assert_same_state,

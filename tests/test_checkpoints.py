@@ -11,7 +11,7 @@ import torch
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from rae.algorithms.adversarial import Adversarial
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 from rae.survival.checkpoints import list_checkpoints, rotate, seal
 from rae.survival.storage import RemoteFolder, reason
 from rae.training.resume import given, newest

@@ -6,9 +6,9 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from rae.config.registry import UserError
-from rae.config.sections import load_config
-from rae.training.run import check
+from rae.config.errors import UserError
+from rae.config.loading import load_config
+from rae.training.checks import check
 from tests.conftest import ROOT, run, tiny_settings
 
 
@@ -77,7 +77,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_each_fault_is_one_clear_line(config_file, fault, monkeypatch):
     overrides, message = FAULTS[fault]
-    monkeypatch.setattr("rae.training.run.build_trainer", None)
+    monkeypatch.setattr("rae.training.build.build_trainer", None)
     if fault == "device" and os.path.exists("/dev/nvidia0"):
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError) as caught:
@@ -163,7 +163,7 @@ def test_missing_file_and_help():
 
 
 def test_a_valid_configuration_passes_and_reads_back(config_file, tmp_path):
-    from rae.config.sections import save_config
+    from rae.config.loading import save_config
 
     config = load_config(config_file, ["optimizer.adamw.lr=3e-4", "data.train.flip=true"])
     check(config)

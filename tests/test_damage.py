@@ -13,22 +13,13 @@ import torch
 from PIL import Image
 from streaming import MDSWriter
 
-from rae.config.registry import UserError
-from rae.config.sections import Config, check_data
-from rae.data.dataset import (
-    MAX_PIXELS,
-    BadSampleError,
-    DataError,
-    ImageDataset,
-    Ledger,
-    decode,
-    eval_loader,
-    eval_transform,
-    open_dataset,
-    open_stream,
-    train_loader,
-    train_transform,
-)
+from rae.config.errors import UserError
+from rae.config.sections import Config
+from rae.data.dataset import ImageDataset, open_dataset, open_stream
+from rae.data.decoding import MAX_PIXELS, decode, eval_transform, train_transform
+from rae.data.loaders import Ledger, eval_loader, train_loader
+from rae.data.reader import BadSampleError, DataError
+from rae.training.checks import check_data
 from tests.conftest import ROOT, launch, metrics_of, tiny_settings
 
 OPTIONS = dict(transform=eval_transform(64), seed=0, batch_size=4)

@@ -8,15 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rae.data.dataset import (
-    center_crop,
-    decode,
-    eval_loader,
-    eval_transform,
-    open_dataset,
-    train_loader,
-    train_transform,
-)
+from rae.data.dataset import open_dataset
+from rae.data.decoding import center_crop, decode, eval_transform, train_transform
+from rae.data.loaders import eval_loader, train_loader
 
 rng = np.random.default_rng(0)
 COARSE = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rae.data.dataset import open_dataset, train_loader, train_transform
+from rae.data.dataset import open_dataset
+from rae.data.decoding import train_transform
+from rae.data.loaders import train_loader
 from tests.conftest import write_images
 from tests.s3 import BUCKET
 from tests.test_convert import FOLDER, VERIFY, convert

@@ -17,8 +17,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from rae.config import registry
-from rae.config.sections import Config, load_config
-from rae.training.run import check
+from rae.config.loading import load_config
+from rae.config.sections import Config
+from rae.training.checks import check
 from tests.conftest import ROOT, metrics_of, run, tiny_settings, train_here, write_images
 from tests.test_yamls import backbones, overrides  # noqa: F401
 
@@ -153,7 +154,7 @@ def registered_for_now(monkeypatch):
 
 @pytest.mark.parametrize(("page", "text"), FRAGMENTS)
 def test_configurations_hold(page, text, monkeypatch, tmp_path, registered_for_now):
-    monkeypatch.setattr("rae.config.sections._check_path", lambda key, path: None)  # data that a reader has
+    monkeypatch.setattr("rae.training.checks._check_path", lambda key, path: None)  # data that a reader has
     monkeypatch.chdir(tmp_path)
     write_examples(page, tmp_path)
     check(Config.model_validate(whole(yaml.safe_load(text))))

@@ -9,8 +9,9 @@ import torch
 
 from rae.__main__ import main
 from rae.autoencoder.layers import fixed_latent_noise
-from rae.autoencoder.model import to_float
-from rae.config.registry import UserError, build
+from rae.autoencoder.rae import to_float
+from rae.config.arguments import build
+from rae.config.errors import UserError
 from rae.data.images import batches, open_images
 from rae.evaluation.comparison import best, choose_metrics
 from rae.evaluation.metrics import CHANNELS

@@ -16,12 +16,13 @@ import rae
 from rae.__main__ import main
 from rae.autoencoder.decoder import Decoder
 from rae.autoencoder.encoders.dinov2 import DINOv2
-from rae.autoencoder.model import RAE
+from rae.autoencoder.rae import RAE
 from rae.config import registry
-from rae.config.registry import UserError, build
+from rae.config.arguments import build
+from rae.config.errors import UserError
 from rae.config.sections import Model
-from rae.exchange.exports import new_folder
 from rae.exchange.handover import export, import_from
+from rae.exchange.places import new_folder
 from rae.exchange.sources import Source, open_discriminator, open_source
 from rae.survival.checkpoints import CONFIG, METRICS, STATE, in_form, seal
 from tests.conftest import GOLDEN, ROOT, TINY, golden, load_newest, run

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rae.__main__ import main
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 from tests.conftest import (
     assert_same_state,
     resumable,

@@ -9,8 +9,9 @@ from rae.autoencoder import losses
 from rae.autoencoder.decoder import Decoder, load_published, published_state_dict
 from rae.autoencoder.discriminator import dino
 from rae.autoencoder.layers import patchify, resize, sincos_positions, unpatchify
-from rae.autoencoder.model import RAE
-from rae.config.registry import UserError, build
+from rae.autoencoder.rae import RAE
+from rae.config.arguments import build
+from rae.config.errors import UserError
 from tests.conftest import GOLDEN, TINY, TINY_DINO, golden, relative_error
 
 DECODER = {"embed_dim": 48, "depth": 2, "num_heads": 4, "mlp_dim": 96}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rae.config.registry import UserError
-from rae.data.dataset import eval_transform
+from rae.config.errors import UserError
+from rae.data.decoding import eval_transform
 from rae.data.images import open_images
 from tests.conftest import write_images
 from tests.s3 import BUCKET

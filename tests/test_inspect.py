@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rae.__main__ import main
-from rae.config.registry import UserError
-from rae.exchange.inspection import inspect
+from rae.config.errors import UserError
+from rae.exchange.inspection.dispatch import inspect
 from rae.survival.checkpoints import CONFIG, SHARDED, STATE, in_form, seal
 from tests.conftest import GOLDEN
 from tests.test_exports import make_encoder, make_source

@@ -7,10 +7,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rae.autoencoder.model import to_float
-from rae.config.registry import UserError, build
+from rae.autoencoder.rae import to_float
+from rae.config.arguments import build
+from rae.config.errors import UserError
 from rae.config.sections import Config
-from rae.data.dataset import eval_loader, eval_transform, open_dataset
+from rae.data.dataset import open_dataset
+from rae.data.decoding import eval_transform
+from rae.data.loaders import eval_loader
 from rae.exchange.latents import Moments
 from tests.conftest import TINY, run, tiny_settings
 from tests.test_convert import convert
@@ -117,7 +120,8 @@ def test_an_interrupted_encoding_goes_on(settings, whole, monkeypatch):
 
 
 def test_a_decoder_trains_from_latents(settings, shards, whole):
-    from rae.training.run import build_model, train
+    from rae.training.build import build_model
+    from rae.training.run import train
 
     config = Config.model_validate(OmegaConf.to_container(OmegaConf.load(settings)))
     model = build_model(config).eval()

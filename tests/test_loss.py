@@ -18,10 +18,10 @@ from rae.autoencoder.losses import (
     unit_features,
     value_and_gradient,
 )
-from rae.autoencoder.model import quantize, to_float
-from rae.config.registry import build
+from rae.autoencoder.rae import quantize, to_float
+from rae.config.arguments import build
 from rae.config.sections import Config
-from rae.training.run import build_model
+from rae.training.build import build_model
 from tests.conftest import TINY_DINO, relative_error, tiny_settings
 
 

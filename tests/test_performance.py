@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.base import LossTerm
-from rae.config.registry import UserError, register
-from rae.config.sections import Compile, load_config
+from rae.config.errors import UserError
+from rae.config.loading import load_config
+from rae.config.registry import register
+from rae.config.sections import Compile
 from rae.training.compilation import check_compiler
 from tests.conftest import (
     FIGURES,

@@ -12,15 +12,17 @@ from rae.__main__ import main
 from rae.autoencoder.decoder import SIZES, Decoder
 from rae.callbacks import operations
 from rae.callbacks.progress import step_operations
-from rae.config.registry import UserError
-from rae.config.sections import Config, load_config
+from rae.config.errors import UserError
+from rae.config.loading import load_config
+from rae.config.sections import Config
 from rae.plan import Options, plan, show
 from rae.plan.clock import Clock
 from rae.plan.gpus import GPUS
+from rae.plan.meter import Meter
 from rae.plan.report import phases_of
-from rae.plan.step import Meter
 from rae.survival.checkpoints import list_checkpoints
-from rae.training.run import build_trainer, check
+from rae.training.build import build_trainer
+from rae.training.checks import check
 from tests.conftest import ROOT, TINY, resumable, run, tiny_settings, write_yaml
 from tests.s3 import BUCKET
 
@@ -92,8 +94,9 @@ def test_attention_is_counted_on_a_cpu():
 RESIDENT = """
 import sys
 from rae.bench.measure import peak_memory
-from rae.config.sections import load_config
-from rae.training.run import build_trainer, check
+from rae.config.loading import load_config
+from rae.training.build import build_trainer
+from rae.training.checks import check
 config = load_config(sys.argv[1])
 check(config)
 trainer = build_trainer(config)

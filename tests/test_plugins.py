@@ -7,7 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 from rae.config import registry
-from rae.config.sections import Config, load_config
+from rae.config.loading import load_config
+from rae.config.sections import Config
 from rae.training.run import train
 from tests.conftest import metrics_of, tiny_settings, wandb_file
 
@@ -16,7 +17,8 @@ import torch
 from composer import Algorithm, Callback, Event
 from rae.algorithms import LossTerm
 from rae.autoencoder.encoders import Encoder
-from rae.config.registry import TimeString, register
+from rae.config.registry import register
+from rae.config.times import TimeString
 
 @register("encoder", "patch_means")
 class PatchMeans(Encoder):

@@ -19,21 +19,12 @@ from torchvision.models import vgg16
 
 from rae.__main__ import main
 from rae.autoencoder.layers import fixed_latent_noise
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 from rae.data.images import open_images
+from rae.evaluation.filenames import FileNames
 from rae.evaluation.gallery import choose, write_gallery
-from rae.evaluation.reconstruction import (
-    SCALE,
-    FileNames,
-    Reconstruction,
-    Record,
-    build_figures,
-    colours,
-    comparison,
-    difference_map,
-    summarize,
-    write_figures,
-)
+from rae.evaluation.pictures import SCALE, colours, comparison, difference_map
+from rae.evaluation.reconstruction import Reconstruction, Record, build_figures, summarize, write_figures
 from rae.exchange.sources import open_source
 from tests.conftest import write_images
 

@@ -6,9 +6,9 @@ import os
 import pytest
 
 from rae.__main__ import main
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 from rae.evaluation.reconstruction import FIGURES, whole_folder
-from rae.exchange.exports import new_folder
+from rae.exchange.places import new_folder
 from rae.survival.storage import written
 
 HELPERS = {

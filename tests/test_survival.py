@@ -15,7 +15,7 @@ import pytest
 import torch
 from streaming.base.shared.prefix import _pack_locals
 
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 from rae.survival.checkpoints import age
 from rae.survival.processes import RunLock, remove_dead_segments
 from tests.conftest import (

@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import LossTerm
 from rae.autoencoder.decoder import published_state_dict
-from rae.autoencoder.model import to_float
+from rae.autoencoder.rae import to_float
 from rae.callbacks.begin_step import BeginStep
 from rae.callbacks.jsonl import JSONLines
-from rae.config.registry import build
-from rae.training.run import build_model
+from rae.config.arguments import build
+from rae.training.build import build_model
 from tests.conftest import GOLDEN, TINY, TINY_DINO, golden, metrics_of, relative_error
 
 REFERENCE = json.loads((GOLDEN / "trajectory.json").read_text())

@@ -5,7 +5,7 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.models.vgg import cfgs, make_layers
 
-from rae.config.sections import load_config
+from rae.config.loading import load_config
 from rae.training.run import train
 from tests.conftest import GOLDEN, ROOT, metrics_of
 
@@ -91,7 +91,7 @@ def test_the_published_recipe(monkeypatch):
 
 
 def test_a_missing_bucket_is_named(monkeypatch):
-    from rae.config.registry import UserError
+    from rae.config.errors import UserError
 
     monkeypatch.delenv("RAE_BUCKET", raising=False)
     with pytest.raises(UserError, match="RAE_BUCKET"):

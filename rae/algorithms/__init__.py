@@ -1,4 +1,7 @@
-"""Plugins that change training: losses beyond the pixel loss, the GAN, the weight average. One file each."""
+"""Plugins that change training: losses beyond the pixel loss, the GAN, the weight average. One file each.
+
+May import: config, autoencoder.
+"""
 
 from rae.algorithms import adversarial, ema, perceptual
 from rae.algorithms.base import LossTerm, reached

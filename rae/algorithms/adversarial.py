@@ -22,8 +22,11 @@ from rae.autoencoder.losses import (
     value_and_gradient,
     with_gradient,
 )
-from rae.autoencoder.model import RAEModel, quantize, to_float
-from rae.config.registry import PluginEntry, TimeString, build, check_arguments, register
+from rae.autoencoder.model import RAEModel
+from rae.autoencoder.rae import quantize, to_float
+from rae.config.arguments import PluginEntry, build, check_arguments
+from rae.config.registry import register
+from rae.config.times import TimeString
 
 
 def adversarial_last(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algorithm]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rae.autoencoder.losses import note_gradient, value_and_gradient, with_gradient
-from rae.autoencoder.model import RAEModel, to_float
+from rae.autoencoder.model import RAEModel
+from rae.autoencoder.rae import to_float
 
 
 def reached(state: State, time: str) -> bool:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from rae.algorithms.base import LossTerm
 from rae.autoencoder.losses import LPIPS, FeatureDistance
-from rae.config.registry import TimeString, register
+from rae.config.registry import register
+from rae.config.times import TimeString
 
 
 @register("algorithm", "perceptual")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rae.autoencoder.layers import Normalize
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 
 
 class TimmFeatures(nn.Module):

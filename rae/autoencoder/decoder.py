@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rae.autoencoder.backbones import check_tensors, read_state_dict, weight_file, weightless
 from rae.autoencoder.layers import sincos_positions, unpatchify
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 
 SIZES = {  # name: width, depth, heads, MLP width
     "ViTB": (768, 12, 12, 3072),

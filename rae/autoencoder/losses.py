@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from rae.autoencoder.backbones import TimmFeatures, read_state_dict, weight_file, weightless
 from rae.autoencoder.layers import Frozen, patchify
 from rae.autoencoder.winograd import use_winograd
-from rae.config.registry import UserError, register
+from rae.config.errors import UserError
+from rae.config.registry import register
 
 
 @register("pixel_loss", "l1")

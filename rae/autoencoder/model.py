@@ -1,4 +1,4 @@
-"""The representation autoencoder: plain PyTorch first, and its Composer model."""
+"""The autoencoder as a run trains it: an :class:`rae.autoencoder.rae.RAE` for Composer's Trainer."""
 
 from typing import Any
 
@@ -7,120 +7,13 @@ from composer import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from rae.autoencoder.backbones import read_state_dict, weight_file, weightless
 from rae.autoencoder.decoder import Decoder, load_published
-from rae.autoencoder.encoders.base import Encoder
-from rae.autoencoder.layers import Frozen, add_latent_noise, fixed_latent_noise
+from rae.autoencoder.layers import fixed_latent_noise
 from rae.autoencoder.losses import note_gradient, value_and_gradient, with_gradient
-from rae.config.registry import UserError, build
+from rae.autoencoder.rae import RAE, quantize, to_float
+from rae.config.arguments import build
+from rae.config.errors import UserError
 from rae.config.sections import Model
-
-
-class RAE(nn.Module):
-    """A frozen encoder and a trained decoder (arXiv 2510.11690). Needs no Trainer.
-
-    Images are float (B, 3, H, W) in [0, 1]; latents are (B, C, h, w).
-
-    Args:
-        encoder: frozen here.
-        decoder: for latents of the encoder's ``embed_dim``.
-        noise_tau: latent noise level while training (0.8 in the published recipe), see
-            :func:`rae.autoencoder.layers.add_latent_noise`; none in eval mode.
-        noise: its distribution.
-        latent_stats: a file with tensors ``mean`` and ``var`` (C, h, w), or None.
-
-    Raises:
-        UserError: the statistics file is unreadable or of another shape.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        decoder: Decoder,
-        noise_tau: float = 0.0,
-        noise: str = "uniform",
-        latent_stats: str | None = None,
-    ):
-        super().__init__()
-        self.encoder = Frozen(encoder)
-        self.decoder = decoder
-        self.grid = encoder.grid
-        self.latent_shape = (encoder.embed_dim, encoder.grid, encoder.grid)
-        self.noise_tau, self.noise = noise_tau, noise
-        self.register_buffer("image_mean", encoder.normalize.mean.clone(), persistent=False)
-        self.register_buffer("image_std", encoder.normalize.std.clone(), persistent=False)
-        mean, var = read_stats(latent_stats, encoder) if latent_stats else (None, None)
-        self.register_buffer("latent_mean", mean)
-        self.register_buffer("latent_var", var)
-
-    @classmethod
-    def from_pretrained(cls, folder: str, **options: Any) -> "RAE":
-        """An exported autoencoder, in eval mode: ``rae.load``."""
-        import rae
-
-        return rae.load(folder, **options)
-
-    def encode(self, image: Tensor) -> Tensor:
-        """Image in [0, 1] -> latent; noised in train mode, normalised by the statistics if there are any."""
-        tokens = self.clean_tokens(image)
-        return self.latent_of(self.noised(tokens))
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Latent -> image, around [0, 1] (not clamped)."""
-        return self.decode_with_hidden(latent)[0]
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Image -> reconstruction."""
-        return self.decode(self.encode(image))
-
-    def clean_tokens(self, image: Tensor) -> Tensor:
-        """Image -> encoder tokens (B, N, C), without noise."""
-        return self.encoder(image)
-
-    def tokens_of(self, batch: dict[str, Tensor]) -> Tensor:
-        """A batch's tokens (B, N, C), without noise: from its precomputed ``latent`` if it has one."""
-        if "latent" not in batch:
-            return self.clean_tokens(to_float(batch["image"]))
-        return batch["latent"].float().flatten(2).transpose(1, 2)
-
-    def noised(self, tokens: Tensor) -> Tensor:
-        """The tokens with latent noise in train mode, as they are otherwise."""
-        return add_latent_noise(tokens, self.noise_tau, self.noise) if self.training else tokens
-
-    def latent_of(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, N, C) -> latent (B, C, h, w), normalised by the statistics if there are any."""
-        latent = tokens.transpose(1, 2).reshape(len(tokens), -1, self.grid, self.grid)
-        if self.latent_mean is None:
-            return latent
-        return (latent - self.latent_mean) / torch.sqrt(self.latent_var + 1e-5)
-
-    def decode_with_hidden(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent -> image in fp32, and the input (B, N, D) of the decoder's last layer."""
-        if self.latent_mean is not None:
-            latent = latent * torch.sqrt(self.latent_var + 1e-5) + self.latent_mean
-        image, hidden = self.decoder(latent)
-        return image.float() * self.image_std + self.image_mean, hidden
-
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """What FSDP shards as a unit: each decoder block, and the decoder, which is called by itself."""
-        return module is self.decoder or any(module is block for block in self.decoder.blocks)
-
-
-def read_stats(path: str, encoder: Encoder) -> tuple[Tensor, Tensor]:
-    """Latent statistics (mean and var) for an encoder's latents, each (C, h, w).
-
-    Raises:
-        UserError: the file is unreadable or of another shape.
-    """
-    shape = (encoder.embed_dim, encoder.grid, encoder.grid)
-    if weightless():
-        return torch.empty(shape), torch.empty(shape)
-    state = read_state_dict(weight_file(path))
-    for name in ("mean", "var"):
-        if name not in state or tuple(state[name].shape) != shape:
-            found = tuple(state[name].shape) if name in state else "missing"
-            raise UserError(f"latent statistics {path}: {name!r} must have shape {shape}, but is {found}")
-    return state["mean"].float(), state["var"].float()
 
 
 def build_rae(settings: Model, image_size: int) -> RAE:
@@ -189,16 +82,3 @@ class RAEModel(ComposerModel):
         # Composer updates metrics inside the training precision, in which networks and SSIM's filter lose digits.
         with torch.autocast(outputs.device.type, enabled=False):
             metric.update(outputs.float(), to_float(batch["image"]))
-
-
-def to_float(image: Tensor) -> Tensor:
-    """uint8 or float image -> float32 in [0, 1]."""
-    if image.dtype != torch.uint8:
-        return image
-    # The loader's batches are channels_last, in which convolutions would sum in another order than the reference's.
-    return image.to(torch.float32, memory_format=torch.contiguous_format) / 255
-
-
-def quantize(image: Tensor) -> Tensor:
-    """Clamp to [0, 1] and round to the 256 values of an 8-bit image."""
-    return (image.clamp(0, 1) * 255).round() / 255

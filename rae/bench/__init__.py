@@ -1,5 +1,4 @@
-"""``make bench``: how fast a training step is, beside the textbook's and beside what the machine can do.
+"""``make bench``: a training step beside the textbook's, loading beside others', side by side in one run.
 
-Everything is compared side by side in one run, because a machine's speed drifts: the sides take turns on the same
-batches, and their medians are divided. ``python -m rae.bench --help`` says what there is.
+May import: config, survival, autoencoder, data, algorithms, callbacks, training, plan.
 """

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from rae.algorithms.ema import update_ema
 from rae.autoencoder.decoder import SIZES, Decoder
 from rae.bench.measure import Seconds, console, device, in_turns, show, summary
-from rae.config.sections import load_config
+from rae.config.loading import load_config
 from rae.plan.clock import Clock
-from rae.plan.step import Layout, Simulation, networks_of, tensors_of
+from rae.plan.meter import networks_of, tensors_of
+from rae.plan.step import Layout, Simulation
 from rae.survival.checkpoints import STATE, seal
 
 

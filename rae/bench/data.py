@@ -34,8 +34,10 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from rae.bench.photographs import photographs
 from rae.data import conversion
-from rae.data.dataset import open_dataset, train_loader, train_transform
-from rae.data.images import list_images
+from rae.data.dataset import open_dataset
+from rae.data.decoding import train_transform
+from rae.data.listing import list_images
+from rae.data.loaders import train_loader
 from rae.data.parts import Options
 
 SIZE, SHORT, BATCH = 256, 384, 32

@@ -26,9 +26,11 @@ from rae.bench.measure import Seconds, best_rates, device, peak_memory, ratios_o
 from rae.bench.textbook import Bare, Figures, Parts, Textbook
 from rae.callbacks import operations
 from rae.callbacks.begin_step import seed_step
-from rae.config.registry import build, register
+from rae.config.arguments import build
+from rae.config.registry import register
 from rae.config.sections import Config
-from rae.training.run import build_model, build_trainer, check
+from rae.training.build import build_model, build_trainer
+from rae.training.checks import check
 
 PHASES = {"L1 + LPIPS": (False, False), "+ discriminator": (True, False), "+ GAN": (True, True)}
 """Phase -> whether the discriminator trains, and whether the autoencoder sees it."""

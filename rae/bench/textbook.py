@@ -15,7 +15,7 @@ from rae.algorithms.ema import update_ema
 from rae.algorithms.perceptual import Perceptual
 from rae.autoencoder.discriminator import SpectralConv
 from rae.autoencoder.losses import adaptive_weight, gradient_at, last_layer_gradient, value_and_gradient, with_gradient
-from rae.autoencoder.model import RAE, quantize, to_float
+from rae.autoencoder.rae import RAE, quantize, to_float
 from rae.training.optimizers import adamw
 
 Figures = dict[str, Tensor]

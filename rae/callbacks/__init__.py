@@ -1,4 +1,7 @@
-"""Plugins that watch training: pictures, metrics as a file, the console, what precedes a step. One file each."""
+"""Plugins that watch training: pictures, figures, logs, guards, checkpoints. One file each.
+
+May import: config, survival, autoencoder, data, algorithms.
+"""
 
 from rae.callbacks import begin_step, console, data_log, guard, histograms, jsonl, pictures, referee, wandb
 

@@ -20,8 +20,7 @@ from composer.utils import create_interval_scheduler, dist, retry
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from rae.config.registry import RankError, UserError
-from rae.config.sections import is_remote
+from rae.config.errors import RankError, UserError
 from rae.survival.checkpoints import (
     CONFIG,
     METRICS,
@@ -38,7 +37,7 @@ from rae.survival.checkpoints import (
     seal,
     sync,
 )
-from rae.survival.storage import RemoteFolder, reason
+from rae.survival.storage import RemoteFolder, is_remote, reason
 
 log = logging.getLogger(__name__)
 

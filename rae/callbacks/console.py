@@ -9,7 +9,8 @@ from composer.loggers import LoggerDestination
 from composer.utils import create_interval_scheduler, dist
 
 from rae.callbacks.progress import Progress
-from rae.config.registry import TimeString, register
+from rae.config.registry import register
+from rae.config.times import TimeString
 
 
 @register("logger", "console")

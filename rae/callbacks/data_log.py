@@ -4,7 +4,7 @@ import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
 
-from rae.data.dataset import Ledger
+from rae.data.loaders import Ledger
 
 
 class DataLog(Callback):

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from rae.algorithms.adversarial import Adversarial
 from rae.callbacks.checkpointer import Checkpointer, nonfinite_weights
 from rae.callbacks.step_figures import StepFigures
-from rae.config.registry import UserError, register
+from rae.config.errors import UserError
+from rae.config.registry import register
 
 log = logging.getLogger(__name__)
 

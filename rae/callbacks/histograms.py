@@ -7,7 +7,8 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
 from rae.algorithms.adversarial import Adversarial
-from rae.config.registry import TimeString, register
+from rae.config.registry import register
+from rae.config.times import TimeString
 
 QUANTILES = {"p01": 0.01, "p25": 0.25, "median": 0.5, "p75": 0.75, "p99": 0.99}
 

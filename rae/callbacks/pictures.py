@@ -16,8 +16,9 @@ from torchvision.utils import make_grid, save_image
 
 from rae.algorithms.base import unwrapped
 from rae.algorithms.ema import EMA
-from rae.autoencoder.model import quantize, to_float
-from rae.config.registry import TimeString, register
+from rae.autoencoder.rae import quantize, to_float
+from rae.config.registry import register
+from rae.config.times import TimeString
 
 _PADDING, _MARGIN, _FONT_SIZE = 2, 76, 12
 

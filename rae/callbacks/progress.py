@@ -14,7 +14,7 @@ from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.base import LossTerm, precision_context, unwrapped
 from rae.callbacks import operations
 from rae.callbacks.checkpointer import Checkpointer
-from rae.config.registry import in_steps
+from rae.config.times import in_steps
 
 
 class Mean:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rae.autoencoder.losses import GRADIENT_NORMS
-from rae.data.dataset import Ledger
+from rae.data.loaders import Ledger
 
 _DECODER, _SAMPLES, _BAD_SAMPLES = "gradient/decoder", "samples", "data/bad_samples"
 

@@ -7,7 +7,8 @@ from composer import Logger, State
 from composer.loggers import WandBLogger
 from composer.utils import dist
 
-from rae.config.registry import UserError, register
+from rae.config.errors import UserError
+from rae.config.registry import register
 
 
 @register("logger", "wandb", context=("run_dir",))

@@ -1,6 +1,6 @@
 """The commands of ``python -m rae``, one file each: a docstring that teaches, ``add_arguments`` and ``run``.
 
-They parse and print; the work is done by the modules that they import when they run.
+May import: config, survival, autoencoder, data, exchange, evaluation, plan, bench; most of it when they run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True, w
 
 def check_counts(arguments: argparse.Namespace, *options: str) -> None:
     """Raise UserError for an option, by its attribute's name, that is given and less than 1."""
-    from rae.config.registry import UserError
+    from rae.config.errors import UserError
 
     for option in options:
         value = getattr(arguments, option)
@@ -52,7 +52,7 @@ def loading_workers(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: it is negative.
     """
-    from rae.config.registry import UserError
+    from rae.config.errors import UserError
 
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers must be 0 or more, not {arguments.workers}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from rae.bench.photographs import make_image_folder
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 
 DATA, RUN = Path("data/demo"), Path("runs/demo")
 TRAIN = ["composer", "train.py", "yamls/rae_demo.yaml"]

@@ -29,7 +29,7 @@ from rae.commands import add_source_arguments
 
 if TYPE_CHECKING:
     from rae.evaluation.comparison import Evaluated
-    from rae.evaluation.metrics import Reference
+    from rae.evaluation.frechet import Reference
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     import json
     from contextlib import nullcontext
 
-    from rae.config.sections import rank
     from rae.exchange.sources import pick_device
-    from rae.survival.processes import join_ranks
+    from rae.survival.processes import join_ranks, rank
     from rae.survival.storage import written
 
     _check(arguments)
@@ -75,7 +74,7 @@ def _check(arguments: argparse.Namespace) -> None:
     import math
 
     from rae.commands import check_counts
-    from rae.config.registry import UserError
+    from rae.config.errors import UserError
 
     check_counts(arguments, "limit", "batch_size")
     for tau in arguments.tau:
@@ -89,10 +88,10 @@ def _evaluate(arguments: argparse.Namespace, device: Any) -> "tuple[list[Evaluat
     import sys
 
     from rae.commands import loading_workers
-    from rae.config.sections import rank
     from rae.data.images import open_images
     from rae.evaluation.comparison import choose_metrics, data_of, evaluate_source
     from rae.exchange.sources import open_source
+    from rae.survival.processes import rank
 
     options = (arguments.weights, "cpu", arguments.overrides, arguments.imports)
     opened = [open_source(name, *options) for name in arguments.sources]

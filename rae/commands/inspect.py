@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from rae.exchange.inspection import inspect
+    from rae.exchange.inspection.dispatch import inspect
 
     report = inspect(arguments.path, arguments.verify)
     console = Console(soft_wrap=True, highlight=False)

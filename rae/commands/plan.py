@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from rae.config.registry import UserError
+    from rae.config.errors import UserError
 
     check_counts(arguments, "limit", "batch_size", "gallery")
     loading_workers(arguments)
@@ -99,7 +99,7 @@ def _tell(line: str) -> None:
 
 
 def _tell_left_out(faults: list[str], total: int) -> None:
-    from rae.config.registry import UserError
+    from rae.config.errors import UserError
 
     if len(faults) == total:
         raise UserError(f"none of the images could be read: {faults[0]}")
@@ -146,7 +146,8 @@ def _report(out: str, records: "list[Record]", shown: int) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from rae.evaluation.reconstruction import PAGE, summarize, text_of
+    from rae.evaluation.pictures import text_of
+    from rae.evaluation.reconstruction import PAGE, summarize
 
     table = Table()
     for heading in ("", "mean", "median", "worst", "worst image"):

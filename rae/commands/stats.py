@@ -28,12 +28,11 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from rae.commands import check_counts, loading_workers
-    from rae.config.registry import UserError
-    from rae.config.sections import rank
+    from rae.config.errors import UserError
     from rae.data.images import open_images
     from rae.exchange.latents import latent_statistics
     from rae.exchange.sources import open_encoder, pick_device
-    from rae.survival.processes import join_ranks
+    from rae.survival.processes import join_ranks, rank
     from rae.survival.storage import written
 
     check_counts(arguments, "limit", "batch_size")
@@ -65,7 +64,7 @@ def _check_replaceable(out: str) -> None:
     from pathlib import Path
 
     from rae.autoencoder.backbones import read_state_dict
-    from rae.config.registry import UserError
+    from rae.config.errors import UserError
 
     if not os.path.isfile(out):
         return

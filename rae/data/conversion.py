@@ -18,8 +18,8 @@ from streaming.base.hashing import is_hash
 from streaming.base.util import bytes_to_int
 from torchvision.io import encode_jpeg
 
-from rae.config.registry import UserError
-from rae.data.dataset import decode, first_line, resize_short_side
+from rae.config.errors import UserError, first_line
+from rae.data.decoding import decode, resize_short_side
 from rae.data.parts import Job, Options, PartWriter, finish, run_parts, stopping
 from rae.data.shards import SUMMARY, Place
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from streaming import MDSWriter
 
-from rae.config.registry import UserError
-from rae.data.dataset import start_worker
+from rae.config.errors import UserError
 from rae.data.images import with_bar
+from rae.data.loaders import start_worker
 from rae.data.shards import RECORDS, Place, content_hash, naming
 
 

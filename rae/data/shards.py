@@ -13,10 +13,8 @@ from typing import Any
 
 from streaming.base.format import reader_from_json
 
-from rae.config.registry import UserError
-from rae.config.sections import is_remote
-from rae.data.dataset import first_line
-from rae.survival.storage import RemoteFolder, reason
+from rae.config.errors import UserError, first_line
+from rae.survival.storage import RemoteFolder, is_remote, reason
 
 INDEX, SUMMARY, RECORDS = "index.json", "dataset.json", "conversion"
 

@@ -9,8 +9,10 @@ from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import FileInfo
 
-from rae.data.dataset import Reader, decode, first_line, shard_fault
+from rae.config.errors import first_line
+from rae.data.decoding import decode
 from rae.data.parts import Job, Options, run_parts
+from rae.data.reader import Reader, shard_fault
 from rae.data.shards import INDEX, Place, fetch, read_index, summary_faults
 
 

@@ -10,18 +10,11 @@ import yaml
 from torch.utils.data import Dataset
 from torchmetrics import Metric
 
-from rae.config.registry import UserError, check_plugin
+from rae.config.arguments import check_plugin
+from rae.config.errors import UserError
+from rae.evaluation.frechet import Reference
 from rae.evaluation.measurement import evaluate, refer
-from rae.evaluation.metrics import (
-    OFFLINE,
-    Better,
-    Metrics,
-    Reference,
-    build_metrics,
-    build_or_substitute,
-    verdict,
-    within,
-)
+from rae.evaluation.metrics import OFFLINE, Better, Metrics, build_metrics, build_or_substitute, verdict, within
 from rae.exchange.sources import Source, open_discriminator
 
 

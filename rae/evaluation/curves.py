@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 
 PANELS = {  # title -> names in metrics.jsonl
     "reconstruction losses": ["loss/train/total", "loss/train/l1", "loss/train/perceptual", "loss/train/lpips"],

@@ -13,19 +13,15 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from torch import Tensor
 
+from rae.evaluation.pictures import SCALE, colours, difference_map, split, text_of
 from rae.evaluation.reconstruction import (
     ORIGINALS,
     RECONSTRUCTIONS,
-    SCALE,
     Record,
     Summary,
-    colours,
-    difference_map,
     folder_of,
     higher_is_better,
-    split,
     summarize,
-    text_of,
 )
 
 SIDE = 256

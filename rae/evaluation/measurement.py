@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 
 from rae.autoencoder.layers import fixed_latent_noise
-from rae.autoencoder.model import RAE, quantize, to_float
+from rae.autoencoder.rae import RAE, quantize, to_float
 from rae.data.dataset import ImageDataset
 from rae.data.images import batches
 from rae.data.shards import content_hash
-from rae.evaluation.metrics import FrechetDistance, Metrics, Reference
+from rae.evaluation.frechet import FrechetDistance, Reference
+from rae.evaluation.metrics import Metrics
 
 
 def hash_of(images: Any) -> str | None:
@@ -37,7 +38,7 @@ def refer(
         images: all that are evaluated.
         place: where they are; stands for them in this process where there is no hash of them.
         device: the kind of device, ``cpu`` or ``cuda``.
-        known: see :meth:`rae.evaluation.metrics.FrechetDistance.refer`.
+        known: see :meth:`rae.evaluation.frechet.FrechetDistance.refer`.
     """
     content = hash_of(images)
     data = json.dumps([content or place, image_size, device])

@@ -9,45 +9,37 @@ A folder of them::
 """
 
 import csv
-import functools
-import itertools
 import json
 import math
 import os
 import statistics
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvf
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from rae.autoencoder.layers import fixed_latent_noise
-from rae.autoencoder.model import RAE, quantize, to_float
-from rae.config.registry import UserError
-from rae.config.sections import is_remote
-from rae.data.dataset import BadSampleError, DataError
+from rae.autoencoder.rae import RAE, quantize, to_float
+from rae.config.errors import UserError
 from rae.data.images import batches
+from rae.data.reader import BadSampleError, DataError
+from rae.evaluation.filenames import FileNames
 from rae.evaluation.metrics import BETTER, build_metrics, build_or_substitute
-from rae.survival.storage import filled
+from rae.evaluation.pictures import comparison, split, to_picture
+from rae.survival.storage import filled, is_remote
 
-SCALE = 64
-"""Grey levels (of 255) at the top of a difference map's scale; larger differences have its colour."""
 ORIGINALS, RECONSTRUCTIONS, COMPARISONS = "originals", "reconstructions", "comparisons"
 FIGURES, TABLE, PAGE = "figures.json", "figures.csv", "index.html"
 OURS = {FIGURES, TABLE, PAGE, ORIGINALS, RECONSTRUCTIONS, COMPARISONS}
 """What a folder of them holds; names of noised ones go on with ``_tau…``."""
 PERCEPTUAL = ("lpips", "feature_distance")
-_SHOWN_AT = 192
-"""Panels of a comparison are enlarged by a whole factor to at least this many pixels."""
 
 Figure = Callable[[Tensor, Tensor], Tensor]
 """(recon, image), both (B, 3, H, W) in [0, 1] -> (B,)."""
@@ -83,12 +75,6 @@ def higher_is_better(figure: str) -> bool:
     return BETTER[split(figure)[0]] == "higher"
 
 
-def split(figure: str) -> tuple[str, float]:
-    """``psnr_tau0.8`` -> its metric and its noise level, 0 for none."""
-    name, _, tau = figure.partition("_tau")
-    return name, float(tau or 0)
-
-
 def suffix(tau: float) -> str:
     """``_tau0.8``, or nothing for no noise."""
     return f"_tau{tau:g}" if tau else ""
@@ -97,126 +83,6 @@ def suffix(tau: float) -> str:
 def folder_of(tau: float) -> str:
     """The folder of reconstructions of latents with noise of σ = ``tau``."""
     return RECONSTRUCTIONS + suffix(tau)
-
-
-def difference(image: Tensor, recon: Tensor) -> Tensor:
-    """Mean over channels of |recon − image|.
-
-    Args:
-        image, recon: uint8 (..., 3, H, W).
-
-    Returns:
-        float (..., H, W), in grey levels from 0 to 255.
-    """
-    return (recon.float() - image.float()).abs().mean(dim=-3)
-
-
-@functools.cache
-def colours() -> np.ndarray:
-    """The difference map's 256 colours, uint8 (256, 3), from black for 0 to light yellow for SCALE and more."""
-    from matplotlib import colormaps
-
-    return (colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
-
-
-def difference_map(image: Tensor, recon: Tensor) -> Image.Image:
-    """The difference of two uint8 images (3, H, W) in colours; see :func:`difference`, SCALE and :func:`colours`."""
-    levels = (difference(image, recon) * (255 / SCALE)).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(colours()[levels.numpy()])
-
-
-def comparison(image: Tensor, recons: dict[float, Tensor], figures: dict[str, float]) -> Image.Image:
-    """Original, reconstructions with their figures, and the difference of the first of them with its scale.
-
-    Args:
-        image: uint8 (3, S, S).
-        recons: by τ, each uint8 (3, S, S).
-        figures: as in a :class:`Record`.
-    """
-    panels: list[tuple[str, list[str], Image.Image]] = [("original", [], to_picture(image))]
-    for tau, recon in recons.items():
-        lines = [f"{split(name)[0]} {text_of(name, value)}" for name, value in figures.items() if split(name)[1] == tau]
-        panels.append((f"noise τ = {tau:g}" if tau else "reconstruction", lines, to_picture(recon)))
-    panels.append(
-        ("difference", [f"0 to {SCALE} of 255 grey levels"], difference_map(image, next(iter(recons.values()))))
-    )
-    size = image.shape[-1] * math.ceil(_SHOWN_AT / image.shape[-1])
-    row, gap, font = 20, 8, _font(13)
-    height = size + row * (1 + max(len(lines) for _, lines, _ in panels)) + gap
-    picture = Image.new("RGB", (gap + len(panels) * (size + gap) + 40, height), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, (caption, lines, panel) in enumerate(panels):
-        left = gap + i * (size + gap)
-        picture.paste(panel.resize((size, size), Image.Resampling.NEAREST), (left, row))
-        draw.text((left, row / 2), caption, "black", font, anchor="lm")
-        for n, line in enumerate(lines):
-            draw.text((left, row + size + (n + 0.6) * row), line, "black", font, anchor="lm")
-    left = gap + len(panels) * (size + gap)
-    bar = Image.fromarray(colours()[::-1, None])
-    picture.paste(bar.resize((10, size), Image.Resampling.BILINEAR), (left, row))
-    for share, label, anchor in ((0.0, f"≥{SCALE}", "lt"), (0.5, f"{SCALE // 2}", "lm"), (1.0, "0", "lb")):
-        draw.text((left + 13, row + share * (size - 1)), label, "black", font, anchor=anchor)
-    return picture
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
-
-
-def text_of(figure: str, value: float) -> str:
-    """A figure's value with as many digits as mean something."""
-    if math.isinf(value):
-        return "∞"
-    return f"{value:.2f}" if figure.startswith("psnr") else f"{value:.4f}"
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """uint8 (3, H, W) -> a Pillow image."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
-class FileNames:
-    """Paths of PNGs for images' names: sub-folders are kept, and no two are the same on any file system."""
-
-    def __init__(self) -> None:
-        self.files: set[str] = set()
-        self.folders: set[str] = set()
-
-    def of(self, name: str) -> str:
-        """``a/b.jpg`` -> ``a/b.png``, or ``a/b-2.png`` when that was given to another name."""
-        # Names come from shards too, which may be a stranger's: nothing may be written outside the folder.
-        parts = [_harmless(part) for part in PurePosixPath(name).parts if part.strip("/") not in ("", ".", "..")]
-        *folders, last = parts or ["image"]
-        folder = ""
-        for part in folders:
-            folder = _free(folder + part, "", self.files)
-            self.folders.add(_key(folder))
-            folder += "/"
-        file = _free(folder + _shorter(PurePosixPath(last).stem, 240), ".png", self.files, self.folders)
-        self.files.add(_key(file))
-        return file
-
-
-def _free(start: str, end: str, *taken: set[str]) -> str:
-    candidates = itertools.chain([start + end], (f"{start}-{count}{end}" for count in itertools.count(2)))
-    return next(each for each in candidates if not any(_key(each) in names for names in taken))
-
-
-def _key(path: str) -> str:
-    """The same for paths that some file system takes for the same."""
-    return unicodedata.normalize("NFC", path).casefold()
-
-
-def _harmless(part: str) -> str:
-    return _shorter("".join("_" if unicodedata.category(c) == "Cc" or c in '\\:*?"<>|' else c for c in part), 250)
-
-
-def _shorter(text: str, limit: int) -> str:
-    """At most so many bytes of UTF-8, which is what file systems limit."""
-    return text.encode()[:limit].decode(errors="ignore")
 
 
 @torch.no_grad()

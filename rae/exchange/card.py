@@ -5,10 +5,11 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from rae.autoencoder.model import RAE
-from rae.config.registry import check_plugin
+from rae.autoencoder.rae import RAE
+from rae.config.arguments import check_plugin
 from rae.config.sections import Config
-from rae.exchange.exports import OPENING, Exported, figure_text, includes_encoder, may_be_on_hub
+from rae.exchange.exports import Exported, figure_text, includes_encoder
+from rae.exchange.places import OPENING, may_be_on_hub
 
 _LOADING = {  # format -> code
     "rae": """import rae

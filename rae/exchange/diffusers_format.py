@@ -15,10 +15,14 @@ from rae.autoencoder.backbones import check_tensors, read_state_dict, save_state
 from rae.autoencoder.decoder import Decoder, load_published_state, published_state_dict
 from rae.autoencoder.encoders.base import PretrainedEncoder, save_pretrained
 from rae.autoencoder.layers import sincos_positions
-from rae.autoencoder.model import RAE
-from rae.config.registry import UserError, build, find
-from rae.config.sections import DecoderSizes, Model, PositiveInt, Section, validated
-from rae.exchange.exports import CONFIG, ENCODER, decoder_sizes, read_json, write_json
+from rae.autoencoder.rae import RAE
+from rae.config.arguments import build
+from rae.config.errors import UserError
+from rae.config.loading import validated
+from rae.config.registry import find
+from rae.config.sections import DecoderSizes, Model, PositiveInt, Section
+from rae.exchange.exports import decoder_sizes, write_json
+from rae.exchange.places import CONFIG, ENCODER, read_json
 from rae.exchange.published import SIZE_KEYS
 
 CLASS, WEIGHTS = "AutoencoderRAE", "diffusion_pytorch_model.safetensors"

@@ -5,10 +5,7 @@ frozen encoder is named, by hub id or path, or lies beside them in ``encoder/``.
 """
 
 import json
-import os
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -21,18 +18,14 @@ from torch import Tensor
 from rae.autoencoder.backbones import check_tensors, read_state_dict, save_state_dict
 from rae.autoencoder.decoder import Decoder
 from rae.autoencoder.encoders.base import Encoder
-from rae.autoencoder.model import RAE, build_rae
-from rae.config.registry import UserError, check_plugin, find, import_plugins, plugins
-from rae.config.sections import DecoderSizes, Model, Section, is_remote, override, validated
-from rae.survival.storage import RemoteFolder, can_delete, filled, reason
-
-CONFIG, WEIGHTS, ENCODER, CARD = "config.json", "model.safetensors", "encoder", "README.md"
-RUN = "config.yaml"
-"""The configuration of the run that it came from."""
-OURS = {CONFIG, WEIGHTS, ENCODER, CARD, RUN, "model.pt", "stat.pt", "diffusion_pytorch_model.safetensors"}
-"""What an export of any format may hold."""
-OPENING = "A Representation Autoencoder ([arXiv 2510.11690](https://arxiv.org/abs/2510.11690)): a frozen vision encoder"
-"""What every export's model card says, and no other program's."""
+from rae.autoencoder.model import build_rae
+from rae.autoencoder.rae import RAE
+from rae.config.arguments import check_plugin
+from rae.config.errors import UserError
+from rae.config.loading import override, validated
+from rae.config.registry import find, import_plugins, plugins
+from rae.config.sections import DecoderSizes, Model, Section
+from rae.exchange.places import CONFIG, ENCODER, WEIGHTS, local_folder, read_json
 
 
 class Exported(Section):
@@ -80,72 +73,6 @@ def load(
     return rae.to(device)
 
 
-def local_folder(name: str, scratch: Path, revision: str | None = None) -> Path:
-    """An export's folder on this disk: itself, or downloaded to ``scratch``, or the hub's cache.
-
-    Raises:
-        UserError: there is none.
-    """
-    if is_remote(name):
-        return download(name, scratch / "export")
-    if os.path.isdir(name):
-        return Path(name)
-    if not may_be_on_hub(name):
-        raise UserError(f"there is no folder {name!r}; give an export's folder, s3://… or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(f"there is no folder {name!r}, and the hub has none of that name and revision") from error
-    except Exception as error:
-        raise UserError(f"there is no folder {name!r}, and the hub does not answer, nor has its cache it") from error
-
-
-def may_be_on_hub(name: str) -> bool:
-    """Whether a name has the form of a hub's repository, and is not rather a path that is not there."""
-    form = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".")
-    return bool(form) and not Path(name).exists() and not Path(name).parent.is_dir()
-
-
-def local_file(path: str, scratch: Path) -> Path:
-    """A file on this disk: itself, or downloaded to ``scratch``.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not is_remote(path):
-        if not Path(path).is_file():
-            raise UserError(f"there is no file {path!r}")
-        return Path(path)
-    folder, _, name = path.rpartition("/")
-    try:
-        RemoteFolder(folder).download(name, scratch / name)
-    except Exception as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from error
-    return scratch / name
-
-
-def download(url: str, local: Path) -> Path:
-    """Copy a remote folder to this disk.
-
-    Raises:
-        UserError: it cannot be read, or is empty.
-    """
-    remote = RemoteFolder(url)
-    try:
-        names = remote.list()
-        for name in names:
-            (local / name).parent.mkdir(parents=True, exist_ok=True)
-            remote.download(name, local / name)
-    except Exception as error:
-        raise UserError(f"cannot read {url}: {reason(error)}") from error
-    if not names:
-        raise UserError(f"there is nothing in {url}")
-    return local
-
-
 def read_exported(local: Path, name: str, overrides: Iterable[str] = ()) -> Exported:
     """The checked ``config.json`` of an export.
 
@@ -161,23 +88,6 @@ def read_exported(local: Path, name: str, overrides: Iterable[str] = ()) -> Expo
     loaded = OmegaConf.create(content)
     override(loaded, overrides)
     return validated(Exported, OmegaConf.to_container(loaded), f"{name}/{CONFIG}")
-
-
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON file's mapping.
-
-    Raises:
-        UserError: it is missing, damaged or no mapping.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {name}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} is damaged: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{name} is damaged: it holds a {type(content).__name__}, not a mapping")
-    return content
 
 
 def import_encoder(exported: Exported, name: str, imports: bool) -> None:
@@ -318,74 +228,3 @@ def decoder_sizes(decoder: Decoder) -> DecoderSizes:
         mlp_dim=first.mlp.fc1.out_features,
         trainable_positions=isinstance(decoder.positions, torch.nn.Parameter),
     )
-
-
-@contextmanager
-def new_folder(out: str, overwrite: bool = False) -> Iterator[Path]:
-    """A local folder to fill, which takes its place ``out`` when the block ends without an error.
-
-    Args:
-        out: a local path, or a URL.
-        overwrite: replace an earlier export; never a folder that holds anything else.
-
-    Raises:
-        UserError: ``out`` exists, or cannot be written to.
-    """
-    out = out.rstrip("/") or out[:1]
-    if not out:
-        raise UserError("OUT is empty; give a folder")
-    if is_remote(out):
-        with TemporaryDirectory(prefix="rae-") as scratch, _uploaded(out, Path(scratch), overwrite) as folder:
-            yield folder
-        return
-    place = Path(out).resolve()
-    if place.exists() and not place.is_dir():
-        raise UserError(f"{out} is a file; give a folder")
-    if place == Path.cwd():
-        raise UserError(f"{out} is the folder that you are in, which cannot be replaced; give another")
-    _check_replaceable(out, {path.name for path in place.iterdir()} if place.exists() else set(), place, overwrite)
-    with filled(place, f"cannot write to {out}", overwrite) as folder:
-        yield folder
-
-
-def _check_replaceable(out: str, names: set[str], local: Path, overwrite: bool) -> None:
-    if names and not overwrite:
-        raise UserError(f"{out} exists; give another folder, or --overwrite to replace it")
-    if foreign := sorted(names - OURS):
-        raise UserError(f"{out} holds {foreign[0]}, which is no part of an export; give another folder")
-    if names and not _is_export(local):
-        raise UserError(f"{out} is no export, but another program's; give another folder")
-
-
-def _is_export(folder: Path) -> bool:
-    """Whether this program wrote a folder: ``config.json`` says so, or, of the formats of others, the model card."""
-    card = folder / CARD
-    if card.is_file() and OPENING in card.read_text(errors="replace"):
-        return True
-    try:
-        return read_json(folder / CONFIG, CONFIG).get("format") == "rae"
-    except UserError:
-        return False
-
-
-@contextmanager
-def _uploaded(out: str, scratch: Path, overwrite: bool) -> Iterator[Path]:
-    remote, folder = RemoteFolder(out), scratch / "out"
-    try:
-        before = set(remote.list())
-        for name in before & {CONFIG, CARD}:
-            remote.download(name, scratch / name)
-    except Exception as error:
-        raise UserError(f"cannot read {out}: {reason(error)}") from error
-    _check_replaceable(out, {name.split("/")[0] for name in before}, scratch, overwrite)
-    remote.check_writable("OUT")
-    folder.mkdir()
-    yield folder
-    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    try:
-        for name in sorted(names, key=lambda name: name == CONFIG):  # what is read first comes last
-            remote.upload(folder / name, name)
-        if stale := before - set(names):
-            remote.delete(stale) if can_delete(out) else None
-    except Exception as error:
-        raise UserError(f"cannot write to {out}: {reason(error)}") from error

@@ -6,12 +6,15 @@ from typing import Any
 
 import yaml
 
-from rae.autoencoder.model import read_stats
-from rae.config.registry import UserError, check_plugin, import_plugins
-from rae.config.sections import load_config, save_config
-from rae.exchange import diffusers_format, exports, published
+from rae.autoencoder.rae import read_stats
+from rae.config.arguments import check_plugin
+from rae.config.errors import UserError
+from rae.config.loading import load_config, save_config
+from rae.config.registry import import_plugins
+from rae.exchange import diffusers_format, exports, places, published
 from rae.exchange.card import model_card
-from rae.exchange.exports import Exported, includes_encoder, local_file, local_folder, new_folder, read_json
+from rae.exchange.exports import Exported, includes_encoder
+from rae.exchange.places import local_file, local_folder, new_folder, read_json
 from rae.exchange.sources import Source
 
 LAYOUTS = ("rae", "published", "diffusers")
@@ -53,9 +56,9 @@ def export(
         else:
             diffusers_format.write(rae, folder)
         if source.config is not None:
-            save_config(source.config, folder / exports.RUN)
+            save_config(source.config, folder / places.RUN)
         included = {"diffusers": True, "published": False}.get(layout)
-        (folder / exports.CARD).write_text(model_card(rae, about, layout, source.config, included))
+        (folder / places.CARD).write_text(model_card(rae, about, layout, source.config, included))
     return about
 
 
@@ -104,7 +107,7 @@ def import_from(
     check_plugin("encoder", encoder, "--encoder")
     rae, settings, image_size = published.read(
         model,
-        _beside(decoder_config, folder, exports.CONFIG, scratch),
+        _beside(decoder_config, folder, places.CONFIG, scratch),
         _beside(stats, folder, published.STATS, scratch),
         encoder,
     )
@@ -126,9 +129,9 @@ def read_encoder(text: str) -> Any:
 
 
 def _import_diffusers(source: str, folder: Path, scratch: Path) -> Source:
-    if not (folder / exports.CONFIG).is_file():
-        raise UserError(f"{source}: there is neither {published.DECODER} nor a diffusers {exports.CONFIG} in it")
-    content = read_json(folder / exports.CONFIG, f"{source}/{exports.CONFIG}")
+    if not (folder / places.CONFIG).is_file():
+        raise UserError(f"{source}: there is neither {published.DECODER} nor a diffusers {places.CONFIG} in it")
+    content = read_json(folder / places.CONFIG, f"{source}/{places.CONFIG}")
     if content.get("format") == "rae":
         raise UserError(f"{source} is an export already; copy it, or use python -m rae export")
     rae, settings, image_size = diffusers_format.read(folder, source, scratch)

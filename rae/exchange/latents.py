@@ -15,13 +15,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from rae.autoencoder.encoders.base import Encoder
 from rae.autoencoder.layers import Frozen
-from rae.config.registry import UserError, build
-from rae.config.sections import Config, is_remote, rank, world_size
-from rae.data.dataset import Batcher, ImageDataset, IndexedImages, eval_transform, open_dataset, opening, start_worker
+from rae.config.arguments import build
+from rae.config.errors import UserError
+from rae.config.sections import Config
+from rae.data.batcher import Batcher
+from rae.data.dataset import ImageDataset, IndexedImages, open_dataset, opening
+from rae.data.decoding import eval_transform
 from rae.data.images import batches, with_bar
+from rae.data.loaders import start_worker
 from rae.data.parts import Job, Options, PartWriter, finish
 from rae.data.shards import RECORDS, Place
-from rae.survival.processes import barrier, of_first_rank
+from rae.survival.processes import barrier, of_first_rank, rank, world_size
+from rae.survival.storage import is_remote
 
 STATS = "stat.pt"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

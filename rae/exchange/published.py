@@ -11,10 +11,12 @@ from rae.autoencoder.backbones import read_state_dict
 from rae.autoencoder.decoder import SIZES, Decoder, load_published, published_state_dict
 from rae.autoencoder.encoders.base import Encoder
 from rae.autoencoder.layers import sincos_positions
-from rae.autoencoder.model import RAE
-from rae.config.registry import UserError, build
+from rae.autoencoder.rae import RAE
+from rae.config.arguments import build
+from rae.config.errors import UserError
 from rae.config.sections import DecoderSizes, Model
-from rae.exchange.exports import CONFIG, decoder_sizes, read_json, write_json
+from rae.exchange.exports import decoder_sizes, write_json
+from rae.exchange.places import CONFIG, read_json
 
 DECODER, STATS = "model.pt", "stat.pt"
 SIZE_KEYS = {  # ours -> those of a published decoder's config.json

@@ -17,10 +17,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from rae.algorithms.ema import LIVE_SUFFIX
 from rae.autoencoder.backbones import check_tensors
 from rae.autoencoder.encoders.base import Encoder
-from rae.autoencoder.model import RAE, build_rae
-from rae.config.registry import UserError, build, import_plugins
-from rae.config.sections import Config, Model, is_remote, load_config
-from rae.exchange import diffusers_format, exports
+from rae.autoencoder.model import build_rae
+from rae.autoencoder.rae import RAE
+from rae.config.arguments import build
+from rae.config.errors import UserError
+from rae.config.loading import load_config
+from rae.config.registry import import_plugins
+from rae.config.sections import Config, Model
+from rae.exchange import diffusers_format, exports, places
 from rae.exchange.exports import Exported
 from rae.survival.checkpoints import (
     CONFIG,
@@ -39,7 +43,7 @@ from rae.survival.checkpoints import (
     refused,
     without_code,
 )
-from rae.survival.storage import RemoteFolder, reason
+from rae.survival.storage import RemoteFolder, is_remote, reason
 
 log = logging.getLogger(__name__)
 _PUBLISHED = "a published decoder; make an export of it with `python -m rae import`"
@@ -168,7 +172,7 @@ def _open(source: str, weights: str, overrides: list[str], scratch: Path, import
         return _open_file(source, weights, overrides, scratch)
     if source.endswith((".yaml", ".yml")):
         return _open_yaml(source, weights, overrides, scratch)
-    if exports.may_be_on_hub(source):
+    if places.may_be_on_hub(source):
         return _open_export(source, weights, overrides, scratch, imports)
     names = list_names(source)
     if is_name(name):
@@ -176,7 +180,7 @@ def _open(source: str, weights: str, overrides: list[str], scratch: Path, import
         return _open_newest([(parent, each) for each in listed], source, weights, overrides, scratch)
     if any(is_name(each.split("/")[0]) for each in names):
         return _open_newest([(source, each) for each in _listed(source)], source, weights, overrides, scratch)
-    if exports.CONFIG in names:
+    if places.CONFIG in names:
         return _open_export(source, weights, overrides, scratch, imports)
     if CONFIG in names and not is_remote(source):
         return _open_run(source, weights, overrides, scratch)
@@ -394,8 +398,8 @@ def _explained(source: str, build_it: Any) -> RAE:
 
 
 def _open_export(source: str, weights: str, overrides: list[str], scratch: Path, imports: bool) -> Source:
-    local = exports.local_folder(source, scratch)
-    content = exports.read_json(local / exports.CONFIG, f"{source}/{exports.CONFIG}")
+    local = places.local_folder(source, scratch)
+    content = places.read_json(local / places.CONFIG, f"{source}/{places.CONFIG}")
     if "_class_name" in content:
         rae, model, image_size = diffusers_format.read(local, source, scratch)
         return Source(rae, image_size, _split(source)[1], "given", model)
@@ -413,6 +417,6 @@ def _open_export(source: str, weights: str, overrides: list[str], scratch: Path,
 def _run_config(local: Path) -> Config | None:
     """The configuration of the run that an export came from; None where it is missing or of another version."""
     try:
-        return load_config(str(local / exports.RUN))
+        return load_config(str(local / places.RUN))
     except UserError:
         return None

@@ -1,4 +1,7 @@
-"""What a run will take, from the run's own modules on tensors without data: ``python -m rae plan``."""
+"""What a run will take, from the run's own modules on tensors without data: ``python -m rae plan``.
+
+May import: config, survival, autoencoder, data, algorithms, callbacks, training.
+"""
 
 from rae.plan.report import Options, plan
 from rae.plan.tables import show

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from composer import Time, Timestamp
 from composer.core import TimeUnit
 
-from rae.config.registry import UserError, in_steps
+from rae.config.errors import UserError
+from rae.config.times import in_steps
 
 NOMINAL = 1000
 """Steps an epoch where the data's size is unknown: shares of a run in epochs hold for any number."""

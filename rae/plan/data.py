@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from rae.config.registry import UserError
-from rae.config.sections import Config, is_remote
+from rae.config.errors import UserError
+from rae.config.sections import Config
 from rae.data.shards import INDEX, read_index
+from rae.survival.storage import is_remote
 
 
 @dataclass

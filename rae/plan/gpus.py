@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from rae.config.registry import UserError, nearest
+from rae.config.errors import UserError
+from rae.config.registry import nearest
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,16 @@ from typing import Any
 from composer import Time
 
 from rae.autoencoder.encoders.architectures import PUBLISHED
-from rae.config.registry import UserError, find
-from rae.config.sections import Config, is_remote, load_config
+from rae.config.errors import UserError
+from rae.config.loading import load_config
+from rae.config.registry import find
+from rae.config.sections import Config
 from rae.plan.clock import Clock
 from rae.plan.data import DataSet, epoch_images, hold_latents, survey
 from rae.plan.gpus import GPU, chosen
 from rae.plan.step import Layout, Simulation
-from rae.training.run import check
+from rae.survival.storage import is_remote
+from rae.training.checks import check
 
 RESERVE = 2e9
 """Bytes beside tensors: the GPU's context, workspaces of cuDNN and NCCL, gaps between blocks. An assumption."""

@@ -25,8 +25,7 @@ import torch
 import xxhash
 from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
 
-from rae.config.sections import is_remote
-from rae.survival.storage import RemoteFolder, can_delete, reason
+from rae.survival.storage import RemoteFolder, can_delete, is_remote, reason
 
 STATE = "state.pt"
 SHARDED = ".metadata"

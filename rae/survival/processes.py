@@ -11,8 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rae.config.registry import UserError
-from rae.config.sections import world_size
+from rae.config.errors import UserError
 
 _SEGMENTS = Path("/dev/shm")
 
@@ -207,3 +206,13 @@ def join_ranks() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except ValueError as error:
         raise UserError(f"cannot join the other ranks: {error}") from error
+
+
+def world_size() -> int:
+    """Ranks of this launch, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """This process's rank, as the launcher says."""
+    return int(os.environ.get("RANK", 0))

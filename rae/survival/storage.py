@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 
 # S3: an unreachable server is to be found in seconds; uploads are tried again above this.
 _S3_CLIENT = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 3}}
@@ -244,3 +244,8 @@ def _open_store(url: str, scheme: str, bucket: str) -> Any:
         raise UserError(f"{url}: {scheme}:// is no known kind of storage; s3, gs, oci and azure are") from error
     except Exception as error:
         raise UserError(f"{url}: {reason(error)}") from error
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL (``s3://…``) rather than a local one."""
+    return "://" in path

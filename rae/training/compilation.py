@@ -8,7 +8,7 @@ from torch import nn
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.base import LossTerm
 from rae.autoencoder.model import RAEModel
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 from rae.config.sections import Compile
 
 

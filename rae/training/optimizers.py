@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from rae.config.registry import TimeString, UserError, in_steps, register
+from rae.config.errors import UserError
+from rae.config.registry import register
+from rae.config.times import TimeString, in_steps
 
 Schedule = Callable[[int], float]
 """Optimizer step (from 0) -> factor on the base learning rate."""

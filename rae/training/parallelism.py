@@ -10,8 +10,10 @@ from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
-from rae.config.registry import UserError, check_arguments
-from rae.config.sections import Config, world_size
+from rae.config.arguments import check_arguments
+from rae.config.errors import UserError
+from rae.config.sections import Config
+from rae.survival.processes import world_size
 
 _REFUSED = {  # key -> what to do instead
     "device_mesh": "give replicas: N for hybrid sharding",

@@ -10,8 +10,8 @@ from composer.utils import dist
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
-from rae.config.registry import UserError
-from rae.config.sections import Config, is_remote
+from rae.config.errors import UserError
+from rae.config.sections import Config
 from rae.survival.checkpoints import (
     CONFIG,
     SHARDED,
@@ -24,7 +24,7 @@ from rae.survival.checkpoints import (
     list_checkpoints,
     unseal,
 )
-from rae.survival.storage import RemoteFolder, reason
+from rae.survival.storage import RemoteFolder, is_remote, reason
 
 log = logging.getLogger(__name__)
 _COURSE = (

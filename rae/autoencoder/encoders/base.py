@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rae.autoencoder.backbones import save_state_dict, weightless
 from rae.autoencoder.encoders.architectures import PUBLISHED
 from rae.autoencoder.layers import Normalize, resize
-from rae.config.registry import UserError
+from rae.config.errors import UserError
 
 
 class Encoder(nn.Module):

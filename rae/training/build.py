@@ -1,0 +1,136 @@
+"""The parts of a run, and Composer's Trainer of them."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.devices import Device
+from composer.optim import ComposerScheduler
+from composer.utils import dist, get_device, reproducibility
+from torch.optim.lr_scheduler import LambdaLR
+
+from rae.algorithms.adversarial import Adversarial, adversarial_last
+from rae.autoencoder.model import RAEModel, build_rae
+from rae.callbacks.begin_step import BeginStep
+from rae.callbacks.data_log import DataLog
+from rae.callbacks.guard import Guard
+from rae.callbacks.progress import Progress
+from rae.callbacks.step_figures import StepFigures
+from rae.config.arguments import build, check_plugin
+from rae.config.loading import save_config
+from rae.config.sections import Config
+from rae.data.loaders import Ledger
+from rae.evaluation.metrics import build_metrics, verdict, within
+from rae.survival.processes import rank
+from rae.training.checks import in_epochs
+from rae.training.compilation import check_compiler, compile_networks
+from rae.training.data import build_train_loader, evaluators, open_eval, refer_all
+from rae.training.loading import explained, find_checkpoint, loading
+from rae.training.parallelism import parallelism
+from rae.training.saving import build_checkpointer
+
+log = logging.getLogger(__name__)
+
+
+def build_model(config: Config) -> RAEModel:
+    """The autoencoder that the configuration describes, for Composer."""
+    rae = build_rae(config.model, config.data.image_size)
+    pixel = check_plugin("pixel_loss", config.model.pixel_loss, "model.pixel_loss")
+    pixel_loss = build("pixel_loss", pixel, "model.pixel_loss")
+    return RAEModel(rae, pixel_loss, next(iter(pixel)), build_metrics(config.metrics))
+
+
+def build_trainer(config: Config) -> Trainer:
+    """A Trainer ready to fit, at the run's newest checkpoint if it has one.
+
+    Raises:
+        UserError: something that :func:`check` could not see: weights, shapes, too little data, a bucket.
+    """
+    arguments = dict(config.trainer)
+    arguments["precision"] = _precision(arguments.get("precision"), arguments.get("device"))
+    device = initialize(config)
+    check_compiler(config.compile, device.name)
+    if rank() == 0:
+        save_config(config, Path(config.run_dir) / "config.yaml")
+    checkpointer = build_checkpointer(config, arguments)
+    checkpoint = find_checkpoint(config, arguments, checkpointer)
+    evaluation = open_eval(config, config.data.eval, "eval")
+    ledger = Ledger(config.data.max_bad_samples, list(config.data.train.streams))
+    loader = build_train_loader(config, ledger)
+    reproducibility.seed_all(config.seed)  # every rank starts from the same weights
+    model = device.module_to_device(build_model(config))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build("optimizer", config.optimizer, "optimizer", params=trained)
+    figures = StepFigures(ledger)
+    context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation, figures=figures)
+    algorithms = _build_all("algorithm", config.algorithms, context)
+    compile_networks(config.compile, model, algorithms)
+    for adversarial in (each for each in algorithms if isinstance(each, Adversarial)):
+        model.eval_metrics |= within("discriminator", verdict(adversarial.discriminator))
+    arguments.setdefault("progress_bar", sys.stderr.isatty())
+    loggers = dict(config.loggers)
+    if not arguments["progress_bar"]:
+        loggers.setdefault("console", {})
+    arguments.setdefault("auto_log_hparams", False)
+    callbacks = [figures, BeginStep(config.seed), DataLog(ledger), *_build_all("callback", _callbacks(config), context)]
+    progress = Progress(config.data.batch_size, str(in_epochs(arguments.get("eval_interval", "1ep"))))
+    passed = dict(
+        model=model,
+        train_dataloader=loader,
+        eval_dataloader=evaluators(config, evaluation, algorithms, Ledger(config.data.max_bad_samples)),
+        optimizers=optimizer,
+        schedulers=_schedule(config, optimizer, len(loader)),
+        step_schedulers_every_batch=True,
+        algorithms=algorithms,
+        algorithm_passes=[adversarial_last, *(c.without_updates for c in callbacks if isinstance(c, Guard))],
+        callbacks=[*callbacks, progress, *([checkpointer] if checkpointer else [])],
+        loggers=_build_all("logger", loggers, context),
+        parallelism_config=parallelism(config),
+        seed=config.seed,
+        run_name=config.run_name,
+    )
+    ignored = arguments.pop("load_ignore_keys", None)
+    expected = None if ignored or arguments.get("load_strict_model_weights") is False else model
+    with loading(config, checkpoint, ignored, expected) as load, explained(checkpoint):
+        trainer = Trainer(**passed, **arguments, **load)
+    refer_all(config, trainer)
+    return trainer
+
+
+def initialize(config: Config) -> Device:
+    device = get_device(config.trainer.get("device"))
+    os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # torchrun's name for Composer's
+    dist.initialize_dist(device, timeout=config.trainer.get("dist_timeout", 300.0))
+    return device
+
+
+def _precision(wanted: str | None, device: str | None) -> str:
+    on_gpu = torch.cuda.is_available() if device is None else device == "gpu"
+    if wanted is None:
+        return "amp_bf16" if on_gpu else "fp32"
+    if not on_gpu and wanted != "fp32":
+        if rank() == 0:
+            log.warning("trainer.precision: %s needs a GPU; on this CPU the run uses fp32", wanted)
+        return "fp32"
+    return wanted
+
+
+def _callbacks(config: Config) -> dict[str, Any]:
+    """The configuration's, after those that are on by themselves."""
+    return {"guard": {}, **({"referee": {}} if "adversarial" in config.algorithms else {}), **config.callbacks}
+
+
+def _build_all(kind: str, entries: dict[str, Any], context: dict[str, Any]) -> list[Any]:
+    return [build(kind, {name: arguments}, f"{kind}s", **context) for name, arguments in entries.items()]
+
+
+def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+    if config.schedule is None:
+        return None
+    base_lr = optimizer.param_groups[0]["lr"]
+    schedule = build("schedule", config.schedule, "schedule", base_lr=base_lr, steps_per_epoch=steps_per_epoch)
+    return schedule if isinstance(schedule, ComposerScheduler) else LambdaLR(optimizer, schedule)
