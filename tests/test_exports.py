@@ -22,8 +22,9 @@ from rae.config.arguments import build
 from rae.config.errors import UserError
 from rae.config.sections import Model
 from rae.exchange.handover import export, import_from
+from rae.exchange.opened import Source
 from rae.exchange.places import new_folder
-from rae.exchange.sources import Source, open_discriminator, open_source
+from rae.exchange.sources import open_discriminator, open_source
 from rae.survival.checkpoints import CONFIG, METRICS, STATE, in_form, seal
 from tests.conftest import GOLDEN, ROOT, TINY, golden, load_newest, run
 

@@ -1,14 +1,14 @@
 """The GAN: a discriminator, trained beside the autoencoder, and its term in the autoencoder's loss."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from composer import Algorithm, Event, Logger, State
 from composer.core import Precision
 from composer.optim import ComposerScheduler
 from composer.utils import dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from rae.algorithms.base import in_precision, loss_scale, precision_context, reached, unwrapped
 from rae.autoencoder.discriminator import diff_augment
@@ -27,6 +27,11 @@ from rae.autoencoder.rae import quantize, to_float
 from rae.config.arguments import PluginEntry, build, check_arguments
 from rae.config.registry import register
 from rae.config.times import TimeString
+from rae.model import Counted
+
+
+def _autoencoder(state: State) -> RAEModel:
+    return cast(RAEModel, unwrapped(state))
 
 
 def adversarial_last(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algorithm]:
@@ -122,6 +127,36 @@ class Adversarial(Algorithm):
         self.bad_update = 0.0
         """1 when the step's update of the discriminator was left out, as a loss or gradient of it was not finite."""
 
+    def networks(self) -> dict[str, nn.Module]:
+        """The discriminator's; see :meth:`rae.model.RunModel.networks`."""
+        discriminator = self.discriminator
+        return {
+            "discriminator's backbone": discriminator.features.network,
+            "discriminator's heads": discriminator.heads,
+        }
+
+    def compiled(self) -> dict[str, Iterable[nn.Module]]:
+        """The discriminator, as ``compile`` calls it."""
+        return {"discriminator": [self.discriminator]}
+
+    def step_operations(
+        self, counted: Counted, model: RAEModel, outputs: dict[str, Tensor], image: Tensor
+    ) -> list[tuple[str, float]]:
+        """As :meth:`rae.algorithms.base.LossTerm.step_operations`."""
+        recon = outputs["recon"]
+        self.discriminator.eval()
+        judge, _ = counted(lambda: self.discriminator(recon))
+        learn, _ = counted(lambda: self._learn(recon))
+        decode = counted(lambda: model.rae.decode(outputs["latent"]))[0] if self.fakes == "fresh" else 0.0
+        return [(self.discriminator_start, 2 * learn * self.updates_per_step + decode), (self.start, 2 * judge)]
+
+    @torch.enable_grad()
+    def _learn(self, image: Tensor) -> Tensor:
+        """A pass through the discriminator and back."""
+        logits = self.discriminator(image)
+        torch.autograd.grad(logits.sum(), self.parameters, allow_unused=True)
+        return logits.detach()
+
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.INIT, Event.BATCH_START, Event.AFTER_LOSS, Event.BATCH_END)
 
@@ -161,7 +196,7 @@ class Adversarial(Algorithm):
 
     def _add_term(self, state: State) -> None:
         """Replace the total by one that also holds the GAN term and needs a single backward pass."""
-        recon, model, scale = state.outputs["recon"], unwrapped(state), loss_scale(state)
+        recon, model, scale = state.outputs["recon"], _autoencoder(state), loss_scale(state)
         grad_rec = gradient_at(state.loss["total"], recon, scale)
         fake = recon.detach().requires_grad_()
         augmented = self._augmented(fake)
@@ -200,7 +235,7 @@ class Adversarial(Algorithm):
     def _fake(self, state: State, seen: Tensor) -> Tensor:
         """What the discriminator is shown: 8-bit reconstructions, fresh from the latents or the step's own."""
         with precision_context(state):
-            return quantize(unwrapped(state).rae.decode(seen) if self.fakes == "fresh" else seen)
+            return quantize(_autoencoder(state).rae.decode(seen) if self.fakes == "fresh" else seen)
 
     def _update(self, state: State, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """One discriminator step on (real, fake) of each microbatch."""

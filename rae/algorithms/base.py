@@ -1,6 +1,6 @@
 """What algorithms share: start times, and loss terms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rae.autoencoder.losses import note_gradient, value_and_gradient, with_gradient
-from rae.autoencoder.model import RAEModel
 from rae.autoencoder.rae import to_float
+from rae.model import Counted, RunModel
 
 
 def reached(state: State, time: str) -> bool:
@@ -23,7 +23,7 @@ def reached(state: State, time: str) -> bool:
     return state.timestamp.get(when.unit) >= when
 
 
-def unwrapped(state: State) -> RAEModel:
+def unwrapped(state: State) -> RunModel:
     """The model, out of what DDP wraps around it."""
     model = state.model
     return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]
@@ -82,6 +82,27 @@ class LossTerm(Algorithm):
     def compute(self, recon: Tensor, image: Tensor) -> Tensor:
         """Both (B, 3, H, W), in [0, 1] (``recon`` approximately) -> scalar."""
         raise NotImplementedError
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The term's network, if it has one; see :meth:`rae.model.RunModel.networks`."""
+        return {} if self.network is None else {self.name: self.network}
+
+    def compiled(self) -> dict[str, Iterable[nn.Module]]:
+        """It, as ``compile`` calls it."""
+        return {"perceptual": self.networks().values()}
+
+    def step_operations(
+        self, counted: Counted, model: RunModel, outputs: dict[str, Tensor], image: Tensor
+    ) -> list[tuple[str, float]]:
+        """(from when on, floating-point operations that a step takes more), on one image.
+
+        Args:
+            counted, outputs: see :meth:`rae.model.RunModel.step_operations`.
+        """
+        if self.network is None:
+            return []
+        term, _ = counted(lambda: self.compute(outputs["recon"], image))
+        return [(self.start, 1.5 * term)]  # both images forward, one back
 
     def match(self, event: Event, state: State) -> bool:
         return event == Event.FIT_START or (event == Event.AFTER_LOSS and reached(state, self.start))

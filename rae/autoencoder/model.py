@@ -1,5 +1,6 @@
 """The autoencoder as a run trains it: an :class:`rae.autoencoder.rae.RAE` for Composer's Trainer."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from rae.autoencoder.decoder import Decoder, load_published
 from rae.autoencoder.layers import fixed_latent_noise
 from rae.autoencoder.losses import note_gradient, value_and_gradient, with_gradient
 from rae.autoencoder.rae import RAE, quantize, to_float
-from rae.config.arguments import build
+from rae.config.arguments import build, check_plugin
 from rae.config.errors import UserError
+from rae.config.registry import register
 from rae.config.sections import Model
+from rae.model import Counted, RunModel
 
 
 def build_rae(settings: Model, image_size: int) -> RAE:
@@ -36,7 +39,8 @@ def build_rae(settings: Model, image_size: int) -> RAE:
     return RAE(encoder, decoder, settings.noise_tau, settings.noise, settings.latent_stats)
 
 
-class RAEModel(ComposerModel):
+@register("model", "autoencoder", context=("image_size",))
+class RAEModel(RunModel, ComposerModel):
     """An :class:`RAE` for Composer's Trainer: reconstruction by a pixel loss; algorithms add the rest.
 
     A batch is {image: uint8 (B, 3, H, W), label}, and may hold precomputed latents (B, C, h, w), or noise_tau (B,) with
@@ -44,17 +48,41 @@ class RAEModel(ComposerModel):
     hidden}.
 
     Args:
-        rae: the autoencoder.
-        pixel_loss: (recon, image) -> scalar.
-        pixel_name: its name in the loss dictionary and the loggers.
-        metrics: evaluation metrics by name, each updated with (recon, image).
+        image_size: side of the images (supplied).
+        settings: those of :class:`rae.config.sections.Model`.
+
+    Raises:
+        UserError: see :func:`build_rae`.
     """
 
-    def __init__(self, rae: RAE, pixel_loss: nn.Module, pixel_name: str, metrics: dict[str, Metric] | None = None):
+    part, trains = "rae", "decoder"
+    watched, histograms = ("latent", "recon"), ("latent",)
+
+    def __init__(self, image_size: int, **settings: Any):
         super().__init__()
-        self.rae = rae
-        self.pixel_loss, self.pixel_name = pixel_loss, pixel_name
-        self.eval_metrics = metrics or {}
+        chosen = Model.model_validate(settings)
+        self.rae = build_rae(chosen, image_size)
+        pixel = check_plugin("pixel_loss", chosen.pixel_loss, "model.pixel_loss")
+        self.pixel_loss, self.pixel_name = build("pixel_loss", pixel, "model.pixel_loss"), next(iter(pixel))
+        self.image_size, self.latent_shape = image_size, self.rae.latent_shape
+        self.eval_metrics: dict[str, Metric] = {}
+
+    @property
+    def network(self) -> RAE:  # type: ignore[override]
+        return self.rae
+
+    @property
+    def noise_tau(self) -> float:  # type: ignore[override]
+        return self.rae.noise_tau
+
+    @property
+    def activation_checkpointing(self) -> bool:  # type: ignore[override]
+        return any(block.checkpointing for block in self.rae.decoder.blocks)
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        for block in self.rae.decoder.blocks:
+            block.checkpointing = on
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         tokens = self.rae.tokens_of(batch)
@@ -70,6 +98,26 @@ class RAEModel(ComposerModel):
         pixel, gradient = value_and_gradient(self.pixel_loss, outputs["recon"], to_float(batch["image"]))
         note_gradient(outputs, self.pixel_name, gradient)
         return {self.pixel_name: pixel, "total": with_gradient(pixel, outputs["recon"], gradient)}
+
+    def draw(self, batch: dict[str, Tensor]) -> Tensor:
+        return quantize(self(batch)["recon"])
+
+    def given(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"original": to_float(batch["image"])}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"encoder": self.rae.encoder.network, "decoder": self.rae.decoder}
+
+    def compiled(self) -> dict[str, Iterable[nn.Module]]:
+        # Every block by itself: they share one compilation, and FSDP shards the same units.
+        return {"encoder": [self.rae.encoder.network], "decoder": self.rae.decoder.blocks}  # type: ignore[dict-item]
+
+    def step_operations(self, counted: Counted, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        image = to_float(batch["image"])
+        encode, tokens = counted(lambda: self.rae.clean_tokens(image))
+        latent = self.rae.latent_of(tokens)
+        decode, recon = counted(lambda: self.rae.decode(latent))
+        return encode + 3 * decode, {"recon": recon, "latent": latent}
 
     def eval_forward(self, batch: dict[str, Tensor], outputs: Any = None) -> Tensor:
         """The reconstruction in eval mode, as 8-bit values in [0, 1]."""

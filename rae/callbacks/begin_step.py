@@ -5,6 +5,8 @@ import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
 
+from rae.algorithms.base import unwrapped
+
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators for one step of one rank."""
@@ -26,4 +28,4 @@ class BeginStep(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         seed_step(self.seed, int(state.timestamp.batch), dist.get_global_rank())
-        logger.log_metrics({"lr/decoder": state.optimizers[0].param_groups[0]["lr"]})
+        logger.log_metrics({f"lr/{unwrapped(state).trains}": state.optimizers[0].param_groups[0]["lr"]})

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rae.algorithms.adversarial import Adversarial
+from rae.algorithms.base import unwrapped
 from rae.callbacks.checkpointer import Checkpointer, nonfinite_weights
 from rae.callbacks.step_figures import StepFigures
 from rae.config.errors import UserError
@@ -64,7 +65,7 @@ class Guard(Callback):
             raise ValueError(f"max_skipped must be at least 1, not {max_skipped}")
         self.path, self.figures = Path(run_dir) / "guard.jsonl", figures
         self.on_nan, self.max_skipped = on_nan, max_skipped
-        self.seen: list[tuple[dict[str, Any], Tensor, Tensor]] = []
+        self.seen: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         self.schedules: list[tuple[Any, dict[str, Any]]] = []
         self.reads_late = False
         self.skipped = self.in_a_row = 0
@@ -82,7 +83,7 @@ class Guard(Callback):
     def after_loss(self, state: State, logger: Logger) -> None:
         if self.on_nan != "ignore":
             known = {key: state.batch[key] for key in ("label", "index") if key in state.batch}
-            self.seen.append((known, _row_sums(state.outputs["latent"]), _row_sums(state.outputs["recon"])))
+            self.seen.append((known, {name: _row_sums(state.outputs[name]) for name in unwrapped(state).watched}))
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         if self.on_nan == "ignore":
@@ -141,7 +142,7 @@ class Guard(Callback):
         step = int(state.timestamp.batch) + (0 if after else 1)
         ranks = dist.all_gather_object(self._diagnosis(state, what))
         weights = sorted({name for rank in ranks for name in rank["weights"]})
-        line = _line(step, ranks)
+        line = _line(step, ranks, self.figures.trained)
         if dist.get_global_rank() == 0:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, "ranks": ranks}) + "\n")
@@ -179,11 +180,10 @@ class Guard(Callback):
     def _samples(self, state: State) -> list[dict[str, Any]]:
         """This rank's samples: label and number in the data set; of bad ones also the path, and what was not finite."""
         samples = []
-        for known, latent, recon in self.seen:
-            for i in range(len(recon)):
+        for known, sums in self.seen:
+            for i in range(len(next(iter(known.values()), ()))):
                 sample = {key: int(value[i]) for key, value in known.items()}
-                finite = {"latent": bool(latent[i].isfinite()), "recon": bool(recon[i].isfinite())}
-                bad = [key for key, fine in finite.items() if not fine]
+                bad = [name for name, rows in sums.items() if not rows[i].isfinite()]
                 samples.append({**sample, **({"not_finite": bad, **_path(state, sample)} if bad else {})})
         return samples
 
@@ -206,9 +206,9 @@ def _path(state: State, sample: dict[str, Any]) -> dict[str, str]:
         return {}
 
 
-def _line(step: int, ranks: list[dict[str, Any]]) -> str:
+def _line(step: int, ranks: list[dict[str, Any]], trained: str) -> str:
     figures = list(dict.fromkeys(name for rank in ranks for name in rank["figures"]))
-    text = f"step {step}: not finite: {', '.join(_causes(figures))}"
+    text = f"step {step}: not finite: {', '.join(_causes(figures, trained))}"
     gradients = list(dict.fromkeys(name for rank in ranks for name in rank["gradients"]))
     if gradients:
         text += f" ({len(gradients)} tensors, such as {gradients[0]})"
@@ -222,9 +222,9 @@ def _line(step: int, ranks: list[dict[str, Any]]) -> str:
     return f"{text}; {len(bad)} samples: {shown}{', …' if len(bad) > 3 else ''}"
 
 
-def _causes(figures: list[str]) -> list[str]:
+def _causes(figures: list[str], trained: str) -> list[str]:
     """Losses, or else gradients at the reconstruction, or else what there is: each is the next one's cause."""
-    single = [name for name in figures if name not in ("loss/total", "gradient/reconstruction", "gradient/decoder")]
+    single = [name for name in figures if name not in ("loss/total", "gradient/reconstruction", trained)]
     return [name for name in single if name.startswith("loss/")] or single or figures
 
 

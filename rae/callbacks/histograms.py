@@ -7,6 +7,7 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
 from rae.algorithms.adversarial import Adversarial
+from rae.algorithms.base import unwrapped
 from rae.config.registry import register
 from rae.config.times import TimeString
 
@@ -33,6 +34,8 @@ def spread_out(tensor: Tensor, count: int) -> Tensor:
 class Histograms(Callback):
     """Send histograms of clean latents and of real and fake logits to TensorBoard and W&B, and log what sums them up.
 
+    Of another kind of model than an autoencoder, they are of the outputs that it names.
+
     ``histograms/latent/…``, ``…/logits_real/…`` and ``…/logits_fake/…`` are mean, std and quantiles, of all ranks.
     A step between has no part in it.
 
@@ -55,7 +58,7 @@ class Histograms(Callback):
 
     def _tensors(self, state: State) -> dict[str, Tensor]:
         """The last microbatch's."""
-        tensors = {"latent": state.outputs["latent"]}
+        tensors = {name: state.outputs[name] for name in unwrapped(state).histograms}
         for algorithm in state.algorithms:
             if isinstance(algorithm, Adversarial) and algorithm.logits is not None:
                 tensors["logits_real"], tensors["logits_fake"] = algorithm.logits

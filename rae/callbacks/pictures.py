@@ -16,7 +16,6 @@ from torchvision.utils import make_grid, save_image
 
 from rae.algorithms.base import unwrapped
 from rae.algorithms.ema import EMA
-from rae.autoencoder.rae import quantize, to_float
 from rae.config.registry import register
 from rae.config.times import TimeString
 
@@ -45,8 +44,9 @@ def labelled_rows(rows: dict[str, Tensor]) -> Tensor:
 class Pictures(Callback):
     """Save a picture of the first evaluation images and their reconstructions, and send it to the loggers.
 
-    Rows: ``original``; ``live``, by the weights as they are; ``ema``, by their average, when ``ema`` is on; and
-    ``noised``, from latents with noise that is the same in every picture, by the weights that evaluation uses.
+    Rows: what the model gives without its weights (an autoencoder ``original``); ``live``, by the weights as they are;
+    ``ema``, by their average, when ``ema`` is on; and ``noised``, from latents with noise that is the same in every
+    picture, by the weights that evaluation uses.
 
     Args:
         run_dir: pictures go to its ``pictures`` folder (supplied).
@@ -73,7 +73,7 @@ class Pictures(Callback):
             raise ValueError(f"noise_tau must be at least 0, not {noise_tau}")
         self.folder = Path(run_dir) / "pictures"
         self.eval_images, self.count, self.noise_tau = eval_images, count, noise_tau
-        self.image: Tensor | None = None
+        self.batch: dict[str, Tensor] = {}
         self.drawn_at = -1
         self.due = create_interval_scheduler(interval, checkpoint_events=False, include_end_of_training=False)
 
@@ -85,14 +85,15 @@ class Pictures(Callback):
 
     def _draw(self, state: State, logger: Logger) -> None:
         """A collective call: under FSDP every rank makes every reconstruction."""
-        if self.image is None:
+        if not self.batch:
             total = len(self.eval_images)  # type: ignore[arg-type]
-            picked = [self.eval_images[i]["image"] for i in range(min(self.count, total))]
-            self.image = state.device.tensor_to_device(torch.stack(picked))
+            picked = [self.eval_images[i] for i in range(min(self.count, total))]
+            batch = {key: torch.stack([torch.as_tensor(each[key]) for each in picked]) for key in ("image", "label")}
+            self.batch = state.device.batch_to_device({**batch, "index": torch.arange(len(picked))})
         was_training = state.model.training
         state.model.eval()
         with torch.no_grad(), get_precision_context(state.precision):
-            rows = {"original": to_float(self.image), **dict(self._reconstructions(state, self.image))}
+            rows = {**unwrapped(state).given(self.batch), **dict(self._drawn(state))}
         state.model.train(was_training)
         if dist.get_global_rank() != 0:
             return
@@ -101,17 +102,15 @@ class Pictures(Callback):
         save_image(picture, self.folder / f"ba{int(state.timestamp.batch):07d}.png")
         logger.log_images(picture, name="pictures/reconstructions", channels_last=False, use_table=False)
 
-    def _reconstructions(self, state: State, image: Tensor) -> Iterator[tuple[str, Tensor]]:
-        def recon(**noise: Tensor) -> Tensor:
-            return quantize(state.model({"image": image, **noise})["recon"])
-
+    def _drawn(self, state: State) -> Iterator[tuple[str, Tensor]]:
+        model, batch = unwrapped(state), self.batch
         ema = next((a for a in state.algorithms if isinstance(a, EMA)), None)
-        yield "live", recon()
+        yield "live", model.draw(batch)
         if ema is not None:
             with ema.averaged():
-                yield "ema", recon()
-        tau = unwrapped(state).rae.noise_tau if self.noise_tau is None else self.noise_tau
+                yield "ema", model.draw(batch)
+        tau = model.noise_tau if self.noise_tau is None else self.noise_tau
         if tau:
+            levels = torch.full((len(batch["index"]),), float(tau))
             with ema.averaged() if ema is not None and ema.evaluates_average(None) else nullcontext():
-                numbers = torch.arange(len(image))
-                yield f"noised {tau:g}", recon(noise_tau=torch.full((len(image),), float(tau)), index=numbers)
+                yield f"noised {tau:g}", model.draw({**batch, "noise_tau": levels})

@@ -4,14 +4,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
 from composer import Callback, Event, Logger, State
 from composer.core import TimeUnit
 from torch import Tensor
 
-from rae.algorithms.adversarial import Adversarial
-from rae.algorithms.base import LossTerm, precision_context, unwrapped
+from rae.algorithms.base import precision_context, unwrapped
 from rae.callbacks import operations
 from rae.callbacks.checkpointer import Checkpointer
 from rae.config.times import in_steps
@@ -200,39 +201,26 @@ def step_operations(state: State) -> dict[str, float]:
     Counted are forward passes on one image, and the discriminator's backward pass. Others count twice the forward
     pass through a trained network, and once through a frozen one.
     """
-    model = unwrapped(state)
-    size = model.rae.decoder.grid * model.rae.decoder.patch_size
-    image = torch.zeros(1, 3, size, size, device=model.rae.image_mean.device)
-    was_training = model.training
-    model.eval()
-    encode, tokens = _counted(state, lambda: model.rae.clean_tokens(image))
-    decode, recon = _counted(state, lambda: model.rae.decode(model.rae.latent_of(tokens)))
-    parts = {"0ba": encode + 3 * decode}
+    model, size = unwrapped(state), unwrapped(state).image_size
+    device = next(model.network.parameters()).device
+    batch = {"image": torch.zeros(1, 3, size, size, device=device)}
+    batch |= {key: torch.zeros(1, dtype=torch.int64, device=device) for key in ("label", "index")}
+    counted = partial(_counted, state)
+    was_training = state.model.training
+    state.model.eval()
+    operations, outputs = model.step_operations(counted, batch)
+    parts = {"0ba": operations}
     for algorithm in state.algorithms:
-        if isinstance(algorithm, LossTerm) and algorithm.network is not None:
-            term, _ = _counted(state, lambda term=algorithm: term.compute(recon, image))  # type: ignore[misc]
-            parts[algorithm.start] = parts.get(algorithm.start, 0) + 1.5 * term  # both images forward, one back
-        elif isinstance(algorithm, Adversarial):
-            algorithm.discriminator.eval()
-            judge, _ = _counted(state, lambda a=algorithm: a.discriminator(recon))  # type: ignore[misc]
-            learn, _ = _counted(state, lambda a=algorithm: _learn(a, recon))  # type: ignore[misc]
-            update = 2 * learn * algorithm.updates_per_step + (decode if algorithm.fakes == "fresh" else 0)
-            for start, operations in ((algorithm.discriminator_start, update), (algorithm.start, 2 * judge)):
-                parts[start] = parts.get(start, 0) + operations
-    model.train(was_training)
+        if hasattr(algorithm, "step_operations"):
+            for start, more in algorithm.step_operations(counted, model, outputs, batch["image"]):
+                parts[start] = parts.get(start, 0) + more
+    state.model.train(was_training)
     return parts
 
 
-@torch.enable_grad()
-def _learn(adversarial: Adversarial, image: Tensor) -> Tensor:
-    logits = adversarial.discriminator(image)
-    torch.autograd.grad(logits.sum(), adversarial.parameters, allow_unused=True)
-    return logits.detach()
-
-
-def _counted(state: State, function: Callable[[], Tensor]) -> tuple[float, Tensor]:
+def _counted(state: State, function: Callable[[], Any]) -> tuple[float, Any]:
     # What is called for the first time under the counter would never be compiled.
     eagerly = torch.compiler.set_stance("force_eager")
     with eagerly, operations.counter() as counter, precision_context(state):
         result = function()
-    return float(counter.get_total_flops()), result.float()
+    return float(counter.get_total_flops()), result.float() if isinstance(result, Tensor) else result

@@ -9,10 +9,11 @@ from composer.utils import dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rae.algorithms.base import unwrapped
 from rae.autoencoder.losses import GRADIENT_NORMS
 from rae.data.loaders import Ledger
 
-_DECODER, _SAMPLES, _BAD_SAMPLES = "gradient/decoder", "samples", "data/bad_samples"
+_SAMPLES, _BAD_SAMPLES = "samples", "data/bad_samples"
 
 
 class Readout:
@@ -40,8 +41,9 @@ class StepFigures(Callback):
     """Log each loss's gradient norm at the reconstruction, the decoder's, the GAN's share, and bad samples. Always on.
 
     ``gradient/<loss>`` is the norm over the whole batch, weight included, of what a loss adds to the gradient at the
-    reconstruction; ``gradient/reconstruction`` is that of all losses but the GAN's together; ``gradient/decoder`` is
-    the norm of the weights' gradient as the optimizer gets it. ``gan/share`` is ‖λ·w·g_gan‖ / (‖g_rec‖ + ‖λ·w·g_gan‖).
+    reconstruction; ``gradient/reconstruction`` is that of all losses but the GAN's together; ``gradient/decoder`` (or
+    as the model calls what it trains) is the norm of the weights' gradient as the optimizer gets it. ``gan/share`` is
+    ‖λ·w·g_gan‖ / (‖g_rec‖ + ‖λ·w·g_gan‖).
 
     Everything stays on the device, in one vector: one all-reduce, and one copy that the optimizer's step hides.
 
@@ -49,6 +51,7 @@ class StepFigures(Callback):
         ledger: the training loader's, whose limit of bad samples holds for all ranks together.
 
     Attributes:
+        trained: the figure that is the norm of the weights' gradient.
         bad: 0 or 1 (a scalar on the device), the same on all ranks: whether a loss or gradient is not finite.
     """
 
@@ -63,7 +66,7 @@ class StepFigures(Callback):
         self.sums, self.samples = {}, 0
 
     def before_backward(self, state: State, logger: Logger) -> None:
-        count = len(state.outputs["recon"])
+        count = len(state.batch["label"])
         self.samples += count
         for name, loss in state.loss.items():
             self._add(f"loss/{name}", count * loss.detach())
@@ -78,7 +81,8 @@ class StepFigures(Callback):
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         copies = dist.get_world_size() / _shards(gradients)
-        self.sums[_DECODER] = torch.stack(torch._foreach_norm(local)).float().square().sum() / copies
+        self.trained = f"gradient/{unwrapped(state).trains}"
+        self.sums[self.trained] = torch.stack(torch._foreach_norm(local)).float().square().sum() / copies
         for name, count in ((_SAMPLES, self.samples), (_BAD_SAMPLES, len(self.ledger.bad))):
             self.sums[name] = torch.full((), float(count), device=local[0].device)
         self.names = sorted(self.sums, key=lambda name: not name.startswith("loss/"))
@@ -105,7 +109,7 @@ class StepFigures(Callback):
         figures = {
             name: math.sqrt(value) / sums[_SAMPLES] for name, value in sums.items() if name.startswith("gradient/")
         }
-        figures[_DECODER], figures[_BAD_SAMPLES] = math.sqrt(sums[_DECODER]), int(sums[_BAD_SAMPLES])
+        figures[self.trained], figures[_BAD_SAMPLES] = math.sqrt(sums[self.trained]), int(sums[_BAD_SAMPLES])
         if "gradient/gan" in figures:
             both = figures["gradient/gan"] + figures["gradient/reconstruction"]
             figures["gan/share"] = figures["gradient/gan"] / both if both else 0.0

@@ -5,6 +5,10 @@ May import: config, survival, autoencoder, data, exchange, evaluation, plan, ben
 
 import argparse
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True, weights: bool = True) -> None:
@@ -57,3 +61,28 @@ def loading_workers(arguments: argparse.Namespace) -> int:
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers must be 0 or more, not {arguments.workers}")
     return min(8, os.cpu_count() or 1) if arguments.workers is None else arguments.workers
+
+
+def pick_device(name: str | None = None) -> "torch.device":
+    """The device called ``name``; by default the first GPU, or the CPU where there is none.
+
+    Raises:
+        UserError: no such device.
+    """
+    import torch
+
+    from rae.config.errors import UserError
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device("cuda" if name == "gpu" else name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is no device; write cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r} is not supported; write cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name!r}: this machine has {torch.cuda.device_count() or 'no'} GPU that torch can use"
+        )
+    return device

@@ -25,7 +25,7 @@ compare with themselves only. The originals' moments for rFID are computed once 
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rae.commands import add_source_arguments
+from rae.commands import add_source_arguments, check_counts, loading_workers, pick_device
 
 if TYPE_CHECKING:
     from rae.evaluation.comparison import Evaluated
@@ -53,7 +53,6 @@ def run(arguments: argparse.Namespace) -> None:
     import json
     from contextlib import nullcontext
 
-    from rae.exchange.sources import pick_device
     from rae.survival.processes import join_ranks, rank
     from rae.survival.storage import written
 
@@ -73,7 +72,6 @@ def run(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     import math
 
-    from rae.commands import check_counts
     from rae.config.errors import UserError
 
     check_counts(arguments, "limit", "batch_size")
@@ -87,7 +85,6 @@ def _check(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace, device: Any) -> "tuple[list[Evaluated], dict[str, Any]]":
     import sys
 
-    from rae.commands import loading_workers
     from rae.data.images import open_images
     from rae.evaluation.comparison import choose_metrics, data_of, evaluate_source
     from rae.exchange.sources import open_source

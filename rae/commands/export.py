@@ -16,7 +16,7 @@ examples: python -m rae export runs/demo exports/demo
 """
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rae.commands import add_source_arguments
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     tell_encoder(about.model, arguments.format)
 
 
-def tell_encoder(model: "Model", layout: str) -> None:
+def tell_encoder(model: "Model | dict[str, Any]", layout: str) -> None:
     """Say so, if the export names an encoder that only this machine has."""
     from rae.exchange.exports import encoder_path
 

@@ -23,13 +23,13 @@ import math
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rae.commands import add_source_arguments, check_counts, loading_workers
+from rae.commands import add_source_arguments, check_counts, loading_workers, pick_device
 
 if TYPE_CHECKING:
     from rae.evaluation.reconstruction import Record
-    from rae.exchange.sources import Source
+    from rae.exchange.opened import Source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,19 +60,19 @@ def run(arguments: argparse.Namespace) -> None:
     from rae.data.images import open_images
     from rae.evaluation.gallery import write_gallery
     from rae.evaluation.reconstruction import PAGE, Reconstruction, build_figures, whole_folder, write_figures
-    from rae.exchange.sources import open_source, pick_device
+    from rae.exchange.sources import open_source
 
     _check(arguments)
     device = pick_device(arguments.device)
     with whole_folder(arguments.out, arguments.overwrite) as folder:
         source = open_source(arguments.source, arguments.weights, device, arguments.overrides, arguments.imports)
-        size = arguments.size or source.image_size
+        rae, size = source.rae, arguments.size or source.image_size
         images = ConcatDataset([open_images(path, size, limit=arguments.limit) for path in arguments.images])
         evaluated = source.config.metrics if source.config else {}
         figures, replaced = build_figures(evaluated, arguments.lpips_weights, device)
         if replaced:
             _tell(replaced)
-        work = Reconstruction(source.rae, figures, folder, tuple(dict.fromkeys(arguments.tau)))
+        work = Reconstruction(rae, figures, folder, tuple(dict.fromkeys(arguments.tau)))
         work.run(images, size, arguments.batch_size, loading_workers(arguments))
         _tell_left_out(work.left_out, len(images))
         about = _about(source, arguments, len(work.records), size)
@@ -111,7 +111,10 @@ def _tell_left_out(faults: list[str], total: int) -> None:
 
 def _about(source: "Source", arguments: argparse.Namespace, count: int, size: int) -> dict[str, str]:
     """What the page and figures.json say of the model and of the settings."""
+    from rae.config.arguments import plugin_text
+
     rae, config, trained = source.rae, source.config, source.trained
+    settings = config and config.autoencoder
     parameters = sum(p.numel() for p in rae.decoder.parameters())
     about = {
         "source": arguments.source,
@@ -121,24 +124,15 @@ def _about(source: "Source", arguments: argparse.Namespace, count: int, size: in
         "crops": f"{size} × {size}, centre (ADM)",
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
         "device": str(rae.image_mean.device),
-        "encoder": _plugin(config.model.encoder) if config else type(rae.encoder.network).__name__,
+        "encoder": plugin_text(settings.encoder) if settings else type(rae.encoder.network).__name__,
         "latent": " × ".join(map(str, rae.latent_shape)),
-        "decoder": f"{(config and config.model.decoder.size) or 'ViT'}, {parameters / 1e6:,.1f} M parameters",
+        "decoder": f"{(settings and settings.decoder.size) or 'ViT'}, {parameters / 1e6:,.1f} M parameters",
         "noise in training": f"τ = {rae.noise_tau:g}, {rae.noise}" if rae.noise_tau else "none",
     }
-    if config:
-        about["losses and algorithms"] = ", ".join([_plugin(config.model.pixel_loss), *config.algorithms])
+    if config and settings:
+        about["losses and algorithms"] = ", ".join([plugin_text(settings.pixel_loss), *config.algorithms])
         about["batch size"] = f"{config.data.batch_size:,}"
     return about
-
-
-def _plugin(entry: Any) -> str:
-    """``{dinov2: {input_size: 224}}`` -> ``dinov2 (input_size 224)``."""
-    if isinstance(entry, str):
-        return entry
-    ((name, arguments),) = entry.items()
-    given = ", ".join(f"{key} {value}" for key, value in (arguments or {}).items())
-    return f"{name} ({given})" if given else name
 
 
 def _report(out: str, records: "list[Record]", shown: int) -> None:

@@ -11,7 +11,7 @@ examples:
 
 import argparse
 
-from rae.commands import add_source_arguments
+from rae.commands import add_source_arguments, check_counts, loading_workers, pick_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,11 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from rae.commands import check_counts, loading_workers
     from rae.config.errors import UserError
     from rae.data.images import open_images
     from rae.exchange.latents import latent_statistics
-    from rae.exchange.sources import open_encoder, pick_device
+    from rae.exchange.sources import open_encoder
     from rae.survival.processes import join_ranks, rank
     from rae.survival.storage import written
 

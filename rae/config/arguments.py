@@ -142,6 +142,14 @@ def check_plugin(kind: str, entry: Any, where: str) -> dict[str, dict[str, Any]]
     return {name: dict(arguments or {})}
 
 
+def plugin_text(entry: Any) -> str:
+    """``{dinov2: {input_size: 224}}`` -> ``dinov2 (input_size 224)``."""
+    if isinstance(entry, str) or not entry:
+        return str(entry)
+    ((name, arguments),) = entry.items()
+    return f"{name} ({', '.join(f'{key} {value}' for key, value in arguments.items())})" if arguments else name
+
+
 def _context(target: Callable[..., Any]) -> tuple[str, ...]:
     return getattr(target, "context", ())
 

@@ -1,8 +1,11 @@
 """Every key of a run's configuration, with its type and default."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from rae.config.errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Plugin = dict[str, Any] | str
@@ -114,6 +117,21 @@ class Model(Section):
     pixel_loss: Plugin = "l1"
 
 
+def _settings(value: Any) -> Any:
+    """An autoencoder's, checked; of another kind of model ``{name: arguments}``, to be checked with its plugin."""
+    value = {value: None} if isinstance(value, str) else value
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((name, arguments),) = value.items()
+        if name not in Model.model_fields and name != "autoencoder":
+            return {name: {} if arguments is None else arguments}
+        value = value if name != "autoencoder" else arguments
+    return Model.model_validate(value)
+
+
+AnyModel = Annotated[Model | dict[str, dict[str, Any]], BeforeValidator(_settings)]
+"""An autoencoder's settings, or ``{name: {argument: value}}`` of a model plugin of another kind."""
+
+
 class Checkpoints(Section):
     """How checkpoints are treated; where and when they are saved is among the trainer's arguments."""
 
@@ -131,6 +149,8 @@ class Compile(Section):
     perceptual: bool = False
     """The networks of perceptual loss terms."""
     discriminator: bool = False
+    network: bool = False
+    """That of another kind of model."""
     backend: str = "inductor"
     mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
     """Inductor's; the second tries more kernels, and takes longer to start."""
@@ -145,7 +165,7 @@ class Compile(Section):
         return [name for name in _COMPILED if getattr(self, name)]
 
 
-_COMPILED = ("encoder", "decoder", "perceptual", "discriminator")
+_COMPILED = ("encoder", "decoder", "perceptual", "discriminator", "network")
 
 
 class Config(Section):
@@ -158,7 +178,7 @@ class Config(Section):
     imports: list[str] = []
     """Your own plugin files (or modules)."""
     data: Data
-    model: Model
+    model: AnyModel
     optimizer: Plugin = "adamw"
     schedule: Plugin | None = None
     algorithms: Plugins = {}
@@ -172,6 +192,17 @@ class Config(Section):
     checkpoints: Checkpoints = Checkpoints()
     trainer: dict[str, Any]
     """Arguments of composer.Trainer, as they are; max_duration is required."""
+
+    @property
+    def autoencoder(self) -> Model:
+        """The settings of the autoencoder that the run trains.
+
+        Raises:
+            UserError: it trains another kind of model.
+        """
+        if isinstance(self.model, Model):
+            return self.model
+        raise UserError(f"{self.run_name}: its model is no autoencoder, but {next(iter(self.model))!r}")
 
     @property
     def save_folder(self) -> str | None:

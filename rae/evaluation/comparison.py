@@ -15,7 +15,8 @@ from rae.config.errors import UserError
 from rae.evaluation.frechet import Reference
 from rae.evaluation.measurement import evaluate, refer
 from rae.evaluation.metrics import OFFLINE, Better, Metrics, build_metrics, build_or_substitute, verdict, within
-from rae.exchange.sources import Source, open_discriminator
+from rae.exchange.opened import Source
+from rae.exchange.sources import open_discriminator
 
 
 @dataclass

@@ -1,13 +1,14 @@
-"""The model card, README.md, of an exported autoencoder."""
+"""The model card, README.md, of an export."""
 
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
 
 from rae.autoencoder.rae import RAE
-from rae.config.arguments import check_plugin
-from rae.config.sections import Config
+from rae.config.arguments import check_plugin, plugin_text
+from rae.config.sections import Config, Model
 from rae.exchange.exports import Exported, figure_text, includes_encoder
 from rae.exchange.places import OPENING, may_be_on_hub
 
@@ -28,6 +29,9 @@ recon = autoencoder.decode(latent).sample""",
 import rae
 
 autoencoder = rae.load("OUT")""",
+    "other": """import rae
+
+model = rae.load("FOLDER", imports=True)  # which runs the code of the plugin that it needs; see config.json""",
 }
 _UNITS = {"epoch": "epochs", "batch": "steps"}
 _TEMPLATE = """---
@@ -36,8 +40,12 @@ _TEMPLATE = """---
 
 # {{ name }}
 
+{% if encoder -%}
 OPENING, and a ViT
 decoder trained to turn its features back into pixels.
+{%- else -%}
+A model trained with rae.
+{%- endif %}
 
 | | |
 | --- | --- |
@@ -76,66 +84,85 @@ These weights came without their run's configuration.
 
 ## Licence
 
+{% if encoder -%}
 No licence is stated for the decoder: whoever publishes it adds one. The encoder was not trained here, and its weights
 ({{ encoder_name }}) have a licence of their own{{ ", which also holds for the copy in this folder" if included }}.
+{%- else -%}
+No licence is stated for these weights: whoever publishes them adds one.
+{%- endif %}
 """
 
 
 def model_card(
-    rae: RAE, about: Exported, layout: str, config: Config | None = None, includes: bool | None = None
+    network: nn.Module, about: Exported, layout: str, config: Config | None = None, includes: bool | None = None
 ) -> str:
-    """The card of an autoencoder that is exported as ``layout``: ``rae``, ``published`` or ``diffusers``.
+    """The card of a model that is exported as ``layout``: ``rae``, ``published`` or ``diffusers``.
 
     Args:
         config: of the run that made it, if that is known.
         includes: whether the encoder's weights are in the folder; by default what ``about`` says.
     """
-    ((kind, arguments),) = check_plugin("encoder", about.model.encoder, "model.encoder").items()
-    encoder_name = str(arguments.get("pretrained") or arguments.get("model") or kind)
-    included = includes_encoder(about.model) if includes is None else includes
     figures = {
         label: {metric: figure_text(value) for metric, value in values.items()}
         for label, values in about.figures.items()
         if isinstance(values, dict)
     }
+    included = includes_encoder(about.model) if includes is None else includes
+    loading, tags, told = (
+        "other",
+        list[str](),
+        dict[str, Any](facts={"model": plugin_text(about.model)}, encoder_name=""),
+    )
+    if isinstance(network, RAE) and isinstance(about.model, Model):
+        loading, tags = layout, ["representation-autoencoder", "image-reconstruction"]
+        told = _autoencoder(network, about.model, included)
+    told["facts"] |= _facts(network, about)
     card = ModelCard.from_template(
         ModelCardData(
             library_name="diffusers" if layout == "diffusers" else "rae",
-            tags=["representation-autoencoder", "image-reconstruction"],
-            base_model=encoder_name if may_be_on_hub(encoder_name) else None,
+            tags=tags or None,
+            base_model=told["encoder_name"] if may_be_on_hub(told["encoder_name"]) else None,
         ),
-        template_str=_TEMPLATE.replace("LOADING", _LOADING[layout]).replace("OPENING", OPENING),
+        template_str=_TEMPLATE.replace("LOADING", _LOADING[loading]).replace("OPENING", OPENING),
         name=about.name,
-        shape=f"(B, {', '.join(map(str, rae.latent_shape))})",
-        facts=_facts(rae, about, included),
         figures=figures,
         metrics=sorted({metric for values in figures.values() for metric in values}),
         training=_training(config) if config else "",
-        encoder_name=kind if included and not may_be_on_hub(encoder_name) else encoder_name,
-        encoder=flow({kind: arguments}),
         included=included,
-        stats=rae.latent_mean is not None,
+        **told,
     )
     return f"{str(card).strip()}\n"
 
 
-def _facts(rae: RAE, about: Exported, included: bool) -> dict[str, str]:
-    decoder, network = rae.decoder, rae.encoder.network
-    ((kind, arguments),) = check_plugin("encoder", about.model.encoder, "model.encoder").items()
+def _autoencoder(rae: RAE, settings: Model, included: bool) -> dict[str, Any]:
+    """What the card of an autoencoder says of it alone."""
+    ((kind, arguments),) = check_plugin("encoder", settings.encoder, "model.encoder").items()
+    name = str(arguments.get("pretrained") or arguments.get("model") or kind)
     told = ", ".join(f"{key} {value}" for key, value in arguments.items())
-    first: Any = decoder.blocks[0]
-    parameters = sum(p.numel() for p in decoder.parameters())
+    decoder, first = rae.decoder, cast(Any, rae.decoder.blocks[0])
+    return {
+        "encoder_name": kind if included and not may_be_on_hub(name) else name,
+        "encoder": flow({kind: arguments}),
+        "shape": f"(B, {', '.join(map(str, rae.latent_shape))})",
+        "stats": rae.latent_mean is not None,
+        "facts": {
+            "encoder": f"{kind} ({told}); it sees {rae.encoder.network.input_size} px",
+            "its weights": "in this folder" if included else "not in this folder",
+            "latent": f"{' × '.join(map(str, rae.latent_shape))}, "
+            + ("not normalised" if rae.latent_mean is None else "normalised by the statistics of a data set"),
+            "decoder": f"{decoder.embed.out_features} wide, {len(decoder.blocks)} layers, "
+            f"{first.attn.num_heads} heads, patches of {decoder.patch_size} px",
+        },
+    }
+
+
+def _facts(network: nn.Module, about: Exported) -> dict[str, str]:
     moment = ", ".join(f"{value:,} {_UNITS.get(key, key)}" for key, value in about.trained.items())
     stated = {"ema": "the moving average of the trained weights", "live": "the trained weights, not their average"}
     return {
-        "encoder": f"{kind} ({told}); it sees {network.input_size} px",
-        "its weights": "in this folder" if included else "not in this folder",
-        "latent": f"{' × '.join(map(str, rae.latent_shape))}, "
-        + ("not normalised" if rae.latent_mean is None else "normalised by the statistics of a data set"),
-        "decoder": f"{decoder.embed.out_features} wide, {len(decoder.blocks)} layers, {first.attn.num_heads} heads, "
-        f"patches of {decoder.patch_size} px; {parameters:,} parameters",
+        "parameters": f"{sum(p.numel() for p in network.parameters()):,}, without those of frozen networks",
         "image": f"{about.image_size} × {about.image_size}",
-        "decoder's weights": stated.get(about.weights, "as they were given"),
+        "weights": stated.get(about.weights, "as they were given"),
         "trained for": moment or "unknown",
     }
 
@@ -144,7 +171,9 @@ def _training(config: Config) -> str:
     """The parts of a run's configuration that decided what was learnt, as YAML."""
     whole = config.model_dump()
     train = {key: value for key, value in whole["data"]["train"].items() if value not in (None, {}, False)}
-    told: dict[str, Any] = {"max_duration": config.trainer.get("max_duration"), "noise_tau": config.model.noise_tau}
+    told: dict[str, Any] = {"max_duration": config.trainer.get("max_duration")}
+    if isinstance(config.model, Model):
+        told["noise_tau"] = config.model.noise_tau
     told["data"] = {key: whole["data"][key] for key in ("image_size", "batch_size")} | {"train": train}
     told |= {key: whole[key] for key in ("optimizer", "schedule") if whole[key]}
     lines = [f"{key}: {flow(value)}" for key, value in told.items()]

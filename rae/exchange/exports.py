@@ -1,7 +1,7 @@
-"""Exported autoencoders: a folder with weights and their own configuration, written and read.
+"""Exported models: a folder with weights and their own configuration, written and read.
 
-``config.json`` says how to build the autoencoder, ``model.safetensors`` holds its decoder and latent statistics. The
-frozen encoder is named, by hub id or path, or lies beside them in ``encoder/``.
+``config.json`` says how to build the model, ``model.safetensors`` holds what it trained; of an autoencoder that is its
+decoder, and the latent statistics. Its frozen encoder is named, by hub id or path, or lies beside them in ``encoder/``.
 """
 
 import json
@@ -13,18 +13,18 @@ from typing import Any, Literal
 import torch
 from omegaconf import OmegaConf
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from rae.autoencoder.backbones import check_tensors, read_state_dict, save_state_dict
 from rae.autoencoder.decoder import Decoder
 from rae.autoencoder.encoders.base import Encoder
 from rae.autoencoder.model import build_rae
 from rae.autoencoder.rae import RAE
-from rae.config.arguments import check_plugin
+from rae.config.arguments import build, check_plugin
 from rae.config.errors import UserError
 from rae.config.loading import override, validated
 from rae.config.registry import find, import_plugins, plugins
-from rae.config.sections import DecoderSizes, Model, Section
+from rae.config.sections import AnyModel, DecoderSizes, Model, Section
 from rae.exchange.places import CONFIG, ENCODER, WEIGHTS, local_folder, read_json
 
 
@@ -35,7 +35,7 @@ class Exported(Section):
     version: Literal[1] = 1
     name: str
     image_size: int
-    model: Model
+    model: AnyModel
     imports: list[str] = Field(default_factory=list)
     """The plugin files or modules that building it needs; see :func:`load`."""
     weights: Literal["ema", "live", "given"] = "given"
@@ -52,15 +52,15 @@ def load(
     overrides: Iterable[str] = (),
     revision: str | None = None,
     imports: bool = False,
-) -> RAE:
-    """An exported autoencoder, in eval mode.
+) -> Any:
+    """An exported model, in eval mode: an :class:`rae.autoencoder.rae.RAE`, or what another kind of model exports.
 
     Args:
         folder: a local folder, ``s3://…``, or a repository on the Hugging Face hub.
         overrides: ``model.encoder.dinov2.pretrained=PATH`` and the like, over what the export says.
         revision: of a hub's repository.
-        imports: import the modules that the export names for an encoder that is not registered yet. They are code of
-            this machine that whoever made the export chooses.
+        imports: import the modules that the export names for an encoder, or a kind of model, that is not registered
+            yet. They are code of this machine that whoever made the export chooses.
 
     Raises:
         UserError: it is no export, its encoder cannot be had, or a tensor is missing, unexpected or of another shape.
@@ -68,9 +68,9 @@ def load(
     with TemporaryDirectory(prefix="rae-") as scratch:
         local = local_folder(str(folder), Path(scratch), revision)
         exported = read_exported(local, str(folder), overrides)
-        import_encoder(exported, str(folder), imports)
-        rae = build_exported(local, exported, str(folder))
-    return rae.to(device)
+        import_needed(exported, str(folder), imports)
+        network = build_exported(local, exported, str(folder))
+    return network.to(device)
 
 
 def read_exported(local: Path, name: str, overrides: Iterable[str] = ()) -> Exported:
@@ -90,8 +90,8 @@ def read_exported(local: Path, name: str, overrides: Iterable[str] = ()) -> Expo
     return validated(Exported, OmegaConf.to_container(loaded), f"{name}/{CONFIG}")
 
 
-def import_encoder(exported: Exported, name: str, imports: bool) -> None:
-    """Import what an export's encoder needs, where it is not registered yet.
+def import_needed(exported: Exported, name: str, imports: bool) -> None:
+    """Import what an export's encoder, or its kind of model, needs, where it is not registered yet.
 
     Args:
         name: what to call the export in messages.
@@ -100,24 +100,39 @@ def import_encoder(exported: Exported, name: str, imports: bool) -> None:
     Raises:
         UserError: it needs something, and the user has not; or that cannot be imported.
     """
-    entry = exported.model.encoder
-    unknown = set([entry] if isinstance(entry, str) else entry) - plugins("encoder").keys()
+    kind, entry = (
+        ("encoder", exported.model.encoder) if isinstance(exported.model, Model) else ("model", exported.model)
+    )
+    unknown = set([entry] if isinstance(entry, str) else entry) - plugins(kind).keys()
     if not unknown or not exported.imports:
         return
     if not imports:
         raise UserError(
-            f"{name}: its encoder {unknown.pop()!r} needs {', '.join(map(repr, exported.imports))} of this machine; "
+            f"{name}: its {kind} {unknown.pop()!r} needs {', '.join(map(repr, exported.imports))} of this machine; "
             "if that is what you want to run, say --imports, or rae.load(…, imports=True)"
         )
     import_plugins(exported.imports)
 
 
-def build_exported(local: Path, exported: Exported, name: str) -> RAE:
-    """The autoencoder of an export on this disk, whose encoder is registered; see :func:`load`."""
-    settings = exported.model.model_copy(update={"encoder": _encoder_here(local, exported.model.encoder)})
-    rae = build_rae(settings, exported.image_size)
-    load_weights(rae, read_state_dict(local / WEIGHTS), f"{name}/{WEIGHTS}")
-    return rae.eval()
+def build_exported(local: Path, exported: Exported, name: str) -> nn.Module:
+    """The model of an export on this disk, whose plugins are registered; see :func:`load`."""
+    settings = exported.model
+    if isinstance(settings, Model):
+        settings = settings.model_copy(update={"encoder": _encoder_here(local, settings.encoder)})
+    network = build_network(settings, exported.image_size)
+    load_weights(network, read_state_dict(local / WEIGHTS), f"{name}/{WEIGHTS}")
+    return network.eval()
+
+
+def build_network(settings: Model | dict[str, Any], image_size: int) -> nn.Module:
+    """The plain module that a configuration's ``model`` describes: what is evaluated, and exported.
+
+    Raises:
+        UserError: weights that cannot be had, or sizes that do not fit.
+    """
+    if isinstance(settings, Model):
+        return build_rae(settings, image_size)
+    return build("model", settings, "model", image_size=image_size).network
 
 
 def _encoder_here(local: Path, entry: Any) -> Any:
@@ -130,46 +145,47 @@ def _encoder_here(local: Path, entry: Any) -> Any:
     return entry
 
 
-def includes_encoder(model: Model) -> bool:
+def includes_encoder(model: Model | dict[str, Any]) -> bool:
     """Whether an export's encoder lies in it; that one's plugin need not be registered."""
+    if not isinstance(model, Model):
+        return False
     entries = [] if isinstance(model.encoder, str) else model.encoder.values()
     values = [value for arguments in entries if isinstance(arguments, dict) for value in arguments.values()]
     return any(isinstance(value, str) and value.split("/")[0] == ENCODER for value in values)
 
 
-def encoder_path(model: Model) -> str | None:
+def encoder_path(model: Model | dict[str, Any]) -> str | None:
     """The path of this machine, outside the export, by which its encoder is named, if it is by one."""
-    weights = _encoder_weights(model)
-    return weights if not includes_encoder(model) and Path(weights).expanduser().exists() and weights else None
-
-
-def _encoder_weights(model: Model) -> str:
+    if not isinstance(model, Model) or includes_encoder(model):
+        return None
     ((kind, arguments),) = check_plugin("encoder", model.encoder, "model.encoder").items()
-    return arguments.get(_weights_argument(kind)) or ""
+    weights = arguments.get(_weights_argument(kind)) or ""
+    return weights if weights and Path(weights).expanduser().exists() else None
 
 
 def _weights_argument(encoder: str) -> str:
     return getattr(find("encoder", encoder, "model.encoder"), "weights_argument", "")
 
 
-def load_weights(rae: RAE, state: dict[str, Tensor], where: str) -> None:
-    """Load a decoder and, if there are any, latent statistics: every tensor, with equal shapes.
+def load_weights(network: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load a model's weights, of an autoencoder with its latent statistics if there are any: with equal shapes, all.
 
     Args:
-        state: the tensors under the names of ``rae.state_dict()``.
+        state: the tensors under the names of ``network.state_dict()``.
         where: what to call them in messages.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape.
     """
-    for name in ("latent_mean", "latent_var"):
-        setattr(rae, name, torch.empty(rae.latent_shape) if name in state else None)
-    check_tensors(state, rae.state_dict(), where)
-    rae.load_state_dict(state)
+    if isinstance(network, RAE):
+        for name in ("latent_mean", "latent_var"):
+            setattr(network, name, torch.empty(network.latent_shape) if name in state else None)
+    check_tensors(state, network.state_dict(), where)
+    network.load_state_dict(state)
 
 
-def write(rae: RAE, about: Exported, folder: Path, with_encoder: bool = False) -> Exported:
-    """Write an autoencoder's weights and configuration into an existing folder.
+def write(network: nn.Module, about: Exported, folder: Path, with_encoder: bool = False) -> Exported:
+    """Write a model's weights and configuration into an existing folder.
 
     Args:
         about: what is known of it.
@@ -181,16 +197,22 @@ def write(rae: RAE, about: Exported, folder: Path, with_encoder: bool = False) -
     Raises:
         UserError: the encoder is a plugin that cannot save its weights.
     """
-    encoder = _encoder_entry(rae.encoder.network, about.model.encoder, folder if with_encoder else None)
-    decoder = about.model.decoder.model_copy(update={"weights": None, "activation_checkpointing": False})
-    model = about.model.model_copy(update={"encoder": encoder, "decoder": decoder, "latent_stats": None})
-    model.pixel_loss = "l1"  # it is not part of an autoencoder
-    exported = about.model_copy(update={"model": model})
-    if type(rae.encoder.network).__module__.startswith("rae."):
-        exported.imports = []  # they may be gone; what needs them is not exported
-    save_state_dict(rae.state_dict(), folder / WEIGHTS)
-    write_json(folder / CONFIG, exported.model_dump())
-    return exported
+    if isinstance(network, RAE) and isinstance(about.model, Model):
+        about = about.model_copy(update={"model": _portable(network, about.model, folder if with_encoder else None)})
+        if type(network.encoder.network).__module__.startswith("rae."):
+            about.imports = []  # they may be gone; what needs them is not exported
+    save_state_dict(network.state_dict(), folder / WEIGHTS)
+    write_json(folder / CONFIG, about.model_dump())
+    return about
+
+
+def _portable(rae: RAE, model: Model, folder: Path | None) -> Model:
+    """An autoencoder's settings without what is now among its weights, and without what only training needs."""
+    encoder = _encoder_entry(rae.encoder.network, model.encoder, folder)  # type: ignore[arg-type]
+    decoder = model.decoder.model_copy(update={"weights": None, "activation_checkpointing": False})
+    return model.model_copy(
+        update={"encoder": encoder, "decoder": decoder, "latent_stats": None, "pixel_loss": "l1"},
+    )
 
 
 def _encoder_entry(encoder: Encoder, entry: Any, folder: Path | None) -> dict[str, Any]:

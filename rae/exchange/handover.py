@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from rae.autoencoder.rae import read_stats
+from rae.autoencoder.rae import RAE, read_stats
 from rae.config.arguments import check_plugin
 from rae.config.errors import UserError
 from rae.config.loading import load_config, save_config
@@ -14,8 +14,8 @@ from rae.config.registry import import_plugins
 from rae.exchange import diffusers_format, exports, places, published
 from rae.exchange.card import model_card
 from rae.exchange.exports import Exported, includes_encoder
+from rae.exchange.opened import Source
 from rae.exchange.places import local_file, local_folder, new_folder, read_json
-from rae.exchange.sources import Source
 
 LAYOUTS = ("rae", "published", "diffusers")
 
@@ -42,23 +42,26 @@ def export(
     Raises:
         UserError: it cannot be expressed in that layout, or ``out`` cannot be written.
     """
-    rae, about = source.rae.cpu(), source.about()
+    network, about = source.network.cpu(), source.about()
     if with_encoder and layout != "rae":
         raise UserError("--with-encoder goes with --format rae; diffusers includes it always, published never")
+    if layout != "rae" and not isinstance(network, RAE):
+        raise UserError(f"--format {layout} is a layout of autoencoders, which {source.name} is not; use --format rae")
     if stats:
+        rae = source.rae
         with TemporaryDirectory(prefix="rae-") as scratch:
             rae.latent_mean, rae.latent_var = read_stats(str(local_file(stats, Path(scratch))), rae.encoder.network)
     with new_folder(out, overwrite) as folder:
         if layout == "rae":
-            about = exports.write(rae, about, folder, with_encoder or includes_encoder(about.model))
+            about = exports.write(network, about, folder, with_encoder or includes_encoder(about.model))
         elif layout == "published":
-            published.write(rae, folder)
+            published.write(source.rae, folder)
         else:
-            diffusers_format.write(rae, folder)
+            diffusers_format.write(source.rae, folder)
         if source.config is not None:
             save_config(source.config, folder / places.RUN)
         included = {"diffusers": True, "published": False}.get(layout)
-        (folder / places.CARD).write_text(model_card(rae, about, layout, source.config, included))
+        (folder / places.CARD).write_text(model_card(network, about, layout, source.config, included))
     return about
 
 
@@ -103,7 +106,7 @@ def import_from(
     if run_yaml:
         config = load_config(run_yaml)
         import_plugins(config.imports)
-        encoder = config.model.encoder
+        encoder = config.autoencoder.encoder
     check_plugin("encoder", encoder, "--encoder")
     rae, settings, image_size = published.read(
         model,

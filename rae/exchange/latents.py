@@ -94,9 +94,9 @@ def write_latents(
     """
     began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     images = _open(config, split)
-    encoder = Frozen(build("encoder", config.model.encoder, "model.encoder")).to(device)
+    encoder = Frozen(build("encoder", config.autoencoder.encoder, "model.encoder")).to(device)
     columns = _columns(encoder.network, dtype, config.data.image_size if with_images else None)
-    content = {**options.content(), "encoder": config.model.encoder, "image_size": config.data.image_size}
+    content = {**options.content(), "encoder": config.autoencoder.encoder, "image_size": config.data.image_size}
     content |= {"split": split, "dtype": dtype, "with_images": with_images}
     job = _begin(images, options, content, columns)
     mine = [part for part in job.parts() if part % world_size() == rank() and job.done(part) is None]

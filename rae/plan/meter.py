@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rae.autoencoder.layers import Frozen
-from rae.autoencoder.model import RAEModel
 from rae.callbacks import operations
+from rae.model import RunModel
 
 aten = torch.ops.aten
 
@@ -129,17 +129,10 @@ class Attribution:
         return {self.names[place] if place >= 0 else "other"}
 
 
-def networks_of(model: RAEModel, algorithms: list[Algorithm]) -> dict[str, nn.Module]:
+def networks_of(model: RunModel, algorithms: list[Algorithm]) -> dict[str, nn.Module]:
     """The networks that a step runs, by name."""
-    named: dict[str, nn.Module] = {"encoder": model.rae.encoder.network, "decoder": model.rae.decoder}
-    for algorithm in algorithms:
-        network, discriminator = getattr(algorithm, "network", None), getattr(algorithm, "discriminator", None)
-        if isinstance(network, nn.Module):
-            named[getattr(algorithm, "name", type(algorithm).__name__.lower())] = network
-        if isinstance(discriminator, nn.Module):
-            named["discriminator's backbone"] = discriminator.features.network  # type: ignore[union-attr]
-            named["discriminator's heads"] = discriminator.heads  # type: ignore[assignment]
-    return named
+    parts = (model, *(algorithm for algorithm in algorithms if hasattr(algorithm, "networks")))
+    return {name: network for part in parts for name, network in part.networks().items()}
 
 
 def _called(networks: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:

@@ -13,11 +13,11 @@ from rae.autoencoder.encoders.architectures import PUBLISHED
 from rae.config.errors import UserError
 from rae.config.loading import load_config
 from rae.config.registry import find
-from rae.config.sections import Config
+from rae.config.sections import Config, Model
 from rae.plan.clock import Clock
 from rae.plan.data import DataSet, epoch_images, hold_latents, survey
 from rae.plan.gpus import GPU, chosen
-from rae.plan.step import Layout, Simulation
+from rae.plan.step import Layout, Simulation, checkpointing_of
 from rae.survival.storage import is_remote
 from rae.training.checks import check
 
@@ -168,10 +168,11 @@ def _simulate(
         layouts: ``ddp`` and ``fsdp`` -> GPUs that share a copy of the weights.
     """
     images, several = sizes["microbatch"], sizes["microbatches"] > 1
-    wanted = (config.parallelism if len(layouts) > 1 else "ddp", config.model.decoder.activation_checkpointing)
+    configured = checkpointing_of(config)
+    wanted = (config.parallelism if len(layouts) > 1 else "ddp", bool(configured))
     memory = {}
     for parallelism, shards in layouts.items():
-        for checkpointing in (False, True):
+        for checkpointing in (False, True) if configured is not None else (False,):
             with Simulation(config, clock, Layout(shards, checkpointing), hold_latents(found)) as simulation:
                 held = simulation.held()
                 if (parallelism, checkpointing) == ("ddp", wanted[1]):
@@ -219,6 +220,8 @@ def _phases(phases: list[Phase], clock: Clock) -> list[dict[str, Any]]:
 
 
 def _encoder_source(config: Config) -> str:
+    if not isinstance(config.model, Model):
+        return "none"
     entry = config.model.encoder
     arguments = next(iter(entry.values()), None) if isinstance(entry, dict) else None
     name = (arguments or {}).get("pretrained") or (arguments or {}).get("model")

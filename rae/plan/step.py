@@ -25,9 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import precision_context
-from rae.autoencoder.model import RAEModel
 from rae.config.arguments import build
-from rae.config.sections import Config
+from rae.config.sections import Config, Model
 from rae.plan.clock import Clock
 from rae.plan.meter import Meter, networks_of, size_of, tensors_of
 from rae.training.build import build_model
@@ -140,7 +139,7 @@ class Simulation:
         image = torch.empty(images, 3, size, size, dtype=torch.uint8).to(memory_format=torch.channels_last)
         batch = {"image": image, "label": torch.empty(images, dtype=torch.int64)}
         if self.latents:
-            batch["latent"] = torch.empty(images, *self.model.rae.latent_shape, dtype=torch.bfloat16)
+            batch["latent"] = torch.empty(images, *self.model.latent_shape, dtype=torch.bfloat16)
         return batch
 
     def step(self, at: int, images: int, accumulated: bool = False) -> Counter[str]:
@@ -226,16 +225,24 @@ class Simulation:
         return size_of(states)
 
 
-def modules(config: Config, clock: Clock, checkpointing: bool) -> tuple[RAEModel, list[Algorithm]]:
+def modules(config: Config, clock: Clock, checkpointing: bool) -> tuple[Any, list[Algorithm]]:
     """Model and algorithms on the meta device."""
-    config = config.model_copy(deep=True)
-    config.metrics = {}
-    config.model.decoder.activation_checkpointing = checkpointing
+    config = config.model_copy(update={"metrics": {}})
     context = dict(steps_per_epoch=clock.steps_per_epoch, run_dir=config.run_dir, eval_images=None)
     with torch.device("meta"):
         model = build_model(config)
+        if model.activation_checkpointing is not None:
+            model.activation_checkpointing = checkpointing
         algorithms = [build("algorithm", {n: a}, "algorithms", **context) for n, a in config.algorithms.items()]
     return model, algorithms
+
+
+def checkpointing_of(config: Config) -> bool | None:
+    """Whether the model's activations are computed again in the backward pass; None where there is no choice."""
+    if isinstance(config.model, Model):
+        return config.model.decoder.activation_checkpointing
+    with torch.device("meta"):
+        return build_model(config.model_copy(update={"metrics": {}})).activation_checkpointing
 
 
 def _as_on_a_gpu(optimizer: torch.optim.Optimizer) -> None:
@@ -250,7 +257,7 @@ def _make_gradients(optimizer: torch.optim.Optimizer) -> None:
             p.grad = torch.zeros_like(p)
 
 
-def _shard(model: RAEModel, config: Config, mesh: Any) -> None:
+def _shard(model: Any, config: Config, mesh: Any) -> None:
     from composer.distributed.fsdp2 import prepare_fully_shard
     from composer.distributed.fsdp2_utils import generate_composer_model_policy
 
@@ -258,7 +265,7 @@ def _shard(model: RAEModel, config: Config, mesh: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # FSDP2's notice that it is experimental
         fsdp = FSDP2Config(device_mesh=mesh, **wanted)
-    for child in (model.rae,):
+    for child in (model.network,):
         prepare_fully_shard(child, fsdp, Precision(config.trainer["precision"]), generate_composer_model_policy(model))
 
 

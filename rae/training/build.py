@@ -14,15 +14,14 @@ from composer.utils import dist, get_device, reproducibility
 from torch.optim.lr_scheduler import LambdaLR
 
 from rae.algorithms.adversarial import Adversarial, adversarial_last
-from rae.autoencoder.model import RAEModel, build_rae
 from rae.callbacks.begin_step import BeginStep
 from rae.callbacks.data_log import DataLog
 from rae.callbacks.guard import Guard
 from rae.callbacks.progress import Progress
 from rae.callbacks.step_figures import StepFigures
-from rae.config.arguments import build, check_plugin
+from rae.config.arguments import build
 from rae.config.loading import save_config
-from rae.config.sections import Config
+from rae.config.sections import Config, Model
 from rae.data.loaders import Ledger
 from rae.evaluation.metrics import build_metrics, verdict, within
 from rae.survival.processes import rank
@@ -36,12 +35,13 @@ from rae.training.saving import build_checkpointer
 log = logging.getLogger(__name__)
 
 
-def build_model(config: Config) -> RAEModel:
-    """The autoencoder that the configuration describes, for Composer."""
-    rae = build_rae(config.model, config.data.image_size)
-    pixel = check_plugin("pixel_loss", config.model.pixel_loss, "model.pixel_loss")
-    pixel_loss = build("pixel_loss", pixel, "model.pixel_loss")
-    return RAEModel(rae, pixel_loss, next(iter(pixel)), build_metrics(config.metrics))
+def build_model(config: Config) -> Any:
+    """The model that the configuration describes, for Composer: a :class:`rae.model.RunModel`."""
+    settings = config.model
+    entry = {"autoencoder": dict(settings)} if isinstance(settings, Model) else settings
+    model = build("model", entry, "model", image_size=config.data.image_size)
+    model.eval_metrics = build_metrics(config.metrics)
+    return model
 
 
 def build_trainer(config: Config) -> Trainer:

@@ -11,7 +11,7 @@ from streaming import StreamingDataset
 from rae.config.arguments import check_arguments, check_plugin
 from rae.config.errors import UserError
 from rae.config.registry import import_plugins
-from rae.config.sections import Config
+from rae.config.sections import Config, Model
 from rae.config.times import parse_time
 from rae.survival.processes import world_size
 from rae.survival.storage import can_delete, is_remote
@@ -97,8 +97,13 @@ def check(config: Config, data: bool = True) -> None:
     import_plugins(config.imports)
     if data:
         check_data(config)
-    check_plugin("encoder", config.model.encoder, "model.encoder")
-    check_plugin("pixel_loss", config.model.pixel_loss, "model.pixel_loss")
+    if isinstance(config.model, Model):
+        check_plugin("encoder", config.model.encoder, "model.encoder")
+        check_plugin("pixel_loss", config.model.pixel_loss, "model.pixel_loss")
+    else:
+        check_plugin("model", config.model, "model")
+        if "adversarial" in config.algorithms:
+            raise UserError("algorithms.adversarial: it trains autoencoders; leave it out with another kind of model")
     check_plugin("optimizer", config.optimizer, "optimizer")
     if config.schedule is not None:
         check_plugin("schedule", config.schedule, "schedule")

@@ -1,15 +1,12 @@
 """torch.compile, network by network, in place: parameter names, checkpoints and the average do not notice."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
-from torch import nn
 
-from rae.algorithms.adversarial import Adversarial
-from rae.algorithms.base import LossTerm
-from rae.autoencoder.model import RAEModel
 from rae.config.errors import UserError
 from rae.config.sections import Compile
+from rae.model import RunModel
 
 
 def check_compiler(chosen: Compile, device: str) -> None:
@@ -37,23 +34,11 @@ def check_compiler(chosen: Compile, device: str) -> None:
         raise UserError("compile: inductor finds no C++ compiler; install g++, or leave the section out") from error
 
 
-def compile_networks(chosen: Compile, model: RAEModel, algorithms: Iterable[object]) -> None:
-    """Have the chosen networks compiled when they are first called; those that a run lacks are passed over.
-
-    Every decoder block is compiled by itself: they share one compilation, and FSDP shards the same units.
-    """
+def compile_networks(chosen: Compile, model: RunModel, algorithms: Iterable[object]) -> None:
+    """Have the chosen networks compiled when they are first called; those that a run lacks are passed over."""
     options = {"mode": chosen.mode} if chosen.backend == "inductor" else {}
-    for network, modules in _modules(model, algorithms):
-        if network in chosen.networks():
-            for module in modules:
-                module.compile(backend=chosen.backend, **options)
-
-
-def _modules(model: RAEModel, algorithms: Iterable[object]) -> Iterator[tuple[str, Iterable[nn.Module]]]:
-    yield "encoder", [model.rae.encoder.network]
-    yield "decoder", model.rae.decoder.blocks  # type: ignore[misc]
-    for algorithm in algorithms:
-        if isinstance(algorithm, LossTerm) and algorithm.network is not None:
-            yield "perceptual", [algorithm.network]
-        if isinstance(algorithm, Adversarial):
-            yield "discriminator", [algorithm.discriminator]
+    for each in (model, *algorithms):
+        for network, modules in each.compiled().items() if hasattr(each, "compiled") else ():
+            if network in chosen.networks():
+                for module in modules:
+                    module.compile(backend=chosen.backend, **options)

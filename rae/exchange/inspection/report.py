@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rae.config.arguments import plugin_text
 from rae.config.errors import UserError
 from rae.config.loading import load_config
-from rae.config.sections import Config
+from rae.config.sections import Config, Model
 from rae.exchange import exports
 from rae.exchange.places import read_json
 from rae.survival.storage import RemoteFolder, is_remote
@@ -50,28 +51,28 @@ def add_config(file: Path, where: str, report: Report) -> Config | None:
     except UserError as error:
         report.faults.append(str(error).replace(str(file), where))
         return None
-    model, data = config.model, config.data
-    sizes = {key: value for key, value in model.decoder.model_dump().items() if value not in (None, False)}
-    streams = [stream.path for stream in data.train.streams.values()]
+    data, streams = config.data, [stream.path for stream in config.data.train.streams.values()]
     report.tables["configuration"] = [
         ("run", config.run_name),
-        ("encoder", described_plugin(model.encoder)),
-        ("decoder", ", ".join(f"{key} {value}" for key, value in sizes.items())),
+        *_model(config.model),
         ("images", f"{data.image_size} px, batch {data.batch_size}, from {data.train.path or ', '.join(streams)}"),
-        ("latent noise", f"τ = {model.noise_tau} ({model.noise})"),
         ("algorithms", ", ".join(config.algorithms) or "none"),
-        ("optimizer", described_plugin(config.optimizer)),
+        ("optimizer", plugin_text(config.optimizer)),
         ("length", str(config.trainer.get("max_duration"))),
         ("parallelism", config.parallelism),
     ]
     return config
 
 
-def described_plugin(entry: Any) -> str:
-    if isinstance(entry, str) or not entry:
-        return str(entry)
-    ((name, arguments),) = entry.items()
-    return f"{name} ({', '.join(f'{key} {value}' for key, value in arguments.items())})" if arguments else name
+def _model(settings: Model | dict[str, Any]) -> list[Row]:
+    if not isinstance(settings, Model):
+        return [("model", plugin_text(settings))]
+    sizes = {key: value for key, value in settings.decoder.model_dump().items() if value not in (None, False)}
+    return [
+        ("encoder", plugin_text(settings.encoder)),
+        ("decoder", ", ".join(f"{key} {value}" for key, value in sizes.items())),
+        ("latent noise", f"τ = {settings.noise_tau} ({settings.noise})"),
+    ]
 
 
 def add_figures(report: Report, file: Path, where: str) -> None:

@@ -13,18 +13,12 @@ from torch import Tensor
 
 from rae.autoencoder.backbones import check_tensors
 from rae.autoencoder.decoder import Decoder
+from rae.config.arguments import plugin_text
 from rae.config.errors import UserError
+from rae.config.sections import Model
 from rae.exchange import diffusers_format, exports, places, published
 from rae.exchange.exports import Exported, read_exported
-from rae.exchange.inspection.report import (
-    Report,
-    Row,
-    add_config,
-    add_label_figures,
-    described_plugin,
-    size_of_file,
-    wrong_size,
-)
+from rae.exchange.inspection.report import Report, Row, add_config, add_label_figures, size_of_file, wrong_size
 from rae.exchange.inspection.runs import contents, load_file
 from rae.exchange.places import local_file, read_json
 from rae.exchange.sources import list_names
@@ -113,7 +107,7 @@ def _ours(path: str, names: set[str], about: Exported) -> Report:
     report.tables["export"] = [
         ("name", about.name),
         ("image size", str(about.image_size)),
-        ("encoder", described_plugin(about.model.encoder) + (", included" if included else ", not included")),
+        _kind(about.model, included),
         ("weights", about.weights),
         ("trained", moment or "not known"),
     ]
@@ -124,17 +118,24 @@ def _ours(path: str, names: set[str], about: Exported) -> Report:
     shapes = _header(path, places.WEIGHTS, names, report)
     if shapes:
         report.tables["weights"] = _by_prefix(shapes)
-        _check_decoder(about, shapes, report)
+        if isinstance(about.model, Model):
+            _check_decoder(about.model, about.image_size, shapes, report)
     add_label_figures(report, about.figures)
     return report
 
 
-def _check_decoder(about: Exported, shapes: dict[str, torch.Size], report: Report) -> None:
+def _kind(settings: Model | dict[str, Any], included: bool) -> Row:
+    if isinstance(settings, Model):
+        return "encoder", plugin_text(settings.encoder) + (", included" if included else ", not included")
+    return "model", plugin_text(settings)
+
+
+def _check_decoder(settings: Model, image_size: int, shapes: dict[str, torch.Size], report: Report) -> None:
     """Compare the tensors with those of the decoder that the configuration describes, which is not built."""
     width = shapes.get("decoder.embed.weight", torch.Size([0, 0]))[-1]
     try:
         with torch.device("meta"):
-            decoder = Decoder(width, about.image_size, **about.model.decoder.model_dump(exclude={"weights"}))
+            decoder = Decoder(width, image_size, **settings.decoder.model_dump(exclude={"weights"}))
             held = {name: torch.empty(shape) for name, shape in shapes.items() if not name.startswith("latent_")}
         expected = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
         check_tensors(held, expected, places.WEIGHTS)
