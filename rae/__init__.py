@@ -1,13 +1,65 @@
-"""Train Representation Autoencoders on MosaicML Composer."""
+"""Train Representation Autoencoders on MosaicML Composer.
 
+What plugins and scripts import is named here, and is loaded when it is first asked for.
+"""
+
+import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
 
+_PUBLIC = {
+    "load": "rae.exchange.exports",
+    "register": "rae.config.registry",
+    "TimeString": "rae.config.times",
+    "Encoder": "rae.autoencoder.encoders",
+    "LossTerm": "rae.algorithms",
+    "PerImage": "rae.evaluation.metrics",
+    "RunModel": "rae.model",
+    "RAE": "rae.autoencoder.rae",
+    "Decoder": "rae.autoencoder.decoder",
+    "load_published": "rae.autoencoder.decoder",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name != "load":
+    if name not in _PUBLIC:
         raise AttributeError(f"module 'rae' has no attribute {name!r}")
-    from rae.exchange.exports import load  # imports Composer, which takes seconds: not before it is asked for
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
 
-    return load
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds modules under the names that the guide had for them before, which users' plugins still import."""
+
+    places = {  # noqa: RUF012 - a table
+        "rae.registry": ["rae.config.registry", "rae.config.times", "rae.config.arguments", "rae.config.errors"],
+        "rae.encoders": ["rae.autoencoder.encoders"],
+        "rae.decoder": ["rae.autoencoder.decoder"],
+        "rae.metrics": ["rae.evaluation.metrics", "rae.evaluation.frechet"],
+    }
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        known = ".".join(fullname.split(".")[:2]) in self.places
+        return ModuleSpec(fullname, self, is_package=True) if known else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        before = ".".join(module.__name__.split(".")[:2])
+
+        def find(name: str) -> Any:
+            for place in self.places[before]:
+                now = importlib.import_module(place + module.__name__.removeprefix(before))
+                if hasattr(now, name):
+                    return getattr(now, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__getattr__ = find  # type: ignore[method-assign]
+
+
+sys.meta_path.append(_Moved())

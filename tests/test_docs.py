@@ -129,7 +129,8 @@ def whole(fragment: dict) -> dict:
     """The demo's configuration with a fragment's keys put in."""
     base = OmegaConf.to_container(OmegaConf.load(ROOT / "yamls/rae_demo.yaml"), resolve=False)
     for key, value in fragment.items():
-        if key in ("data", "model", "trainer"):
+        other_kind = key == "model" and not value.keys() & base["model"].keys()
+        if key in ("data", "model", "trainer") and not other_kind:
             base[key] |= value
         else:
             base[key] = value
@@ -149,7 +150,8 @@ def registered_for_now(monkeypatch):
     """What a test registers is gone after it: examples bear names that other tests use too."""
     for kind, known in registry._plugins.items():
         registry.plugins(kind)  # the package's own are to stay
-        monkeypatch.setitem(registry._plugins, kind, dict(known))
+        ours = {name: target for name, target in known.items() if target.__module__.startswith("rae.")}
+        monkeypatch.setitem(registry._plugins, kind, ours)
 
 
 @pytest.mark.parametrize(("page", "text"), FRAGMENTS)

@@ -1,4 +1,4 @@
-"""A second kind of model, in a file of the user's, goes through everything that an autoencoder goes through."""
+"""A second kind of model, the guide's, goes through everything that an autoencoder goes through."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import rae
 from rae.__main__ import main
 from rae.config.errors import UserError
 from tests.conftest import (
+    ROOT,
     assert_same_state,
     figures,
     launch,
@@ -21,66 +22,19 @@ from tests.conftest import (
     tiny_settings,
     train_here,
 )
-
-DENOISER = '''
-import torch
-from composer import ComposerModel
-from torch import nn
-
-from rae.config.registry import register
-from rae.model import RunModel
-
-
-class Network(nn.Sequential):
-    def __init__(self, width):
-        super().__init__(nn.Conv2d(3, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 3, 3, padding=1))
-
-
-@register("model", "denoiser", context=("image_size",))
-class Denoiser(RunModel, ComposerModel):
-    """Takes noise away."""
-
-    watched = histograms = ("clean",)
-
-    def __init__(self, image_size: int, width: int = 8, level: float = 0.1):
-        super().__init__()
-        self.network, self.image_size, self.level = Network(width), image_size, level
-
-    def forward(self, batch):
-        image = batch["image"].float() / 255 if batch["image"].dtype == torch.uint8 else batch["image"]
-        return {"clean": self.network(image + self.level * torch.randn_like(image)), "image": image}
-
-    def loss(self, outputs, batch):
-        error = (outputs["clean"] - outputs["image"]).square().mean()
-        return {"mse": error, "total": error}
-
-    def draw(self, batch):
-        return self(batch)["clean"].clamp(0, 1)
-
-    def given(self, batch):
-        return {"noised": self(batch)["image"]}
-
-    def eval_forward(self, batch, outputs=None):
-        return self.draw(batch)
-
-    def get_metrics(self, is_train=False):
-        return {} if is_train else dict(self.eval_metrics)
-
-    def update_metric(self, batch, outputs, metric):
-        metric.update(outputs, batch["image"].float() / 255)
-'''
+from tests.test_docs import write_examples
 
 
 @pytest.fixture(scope="session")
 def settings_of(shards, tmp_path_factory):
     """(the run's folder) -> a configuration that trains it; the plugin's file is the same in all."""
-    plugin = made_once(tmp_path_factory, "denoiser", lambda root: (root / "denoiser.py").write_text(DENOISER))
+    plugin = made_once(tmp_path_factory, "denoiser", lambda root: write_examples(ROOT / "docs/plugins.md", root))
     clipping = {"clipping_type": "norm", "clipping_threshold": 1.0}
 
     def made(run_dir) -> dict:
         settings = tiny_settings(shards, run_dir)
         settings |= {
-            "imports": [str(plugin / "denoiser.py")],
+            "imports": [str(plugin / "my_model.py")],
             "model": {"denoiser": {"width": 6}},
             "algorithms": {"ema": {"decay": 0.9}, "gradient_clipping": clipping},
             "callbacks": {"pictures": {"interval": "4ba", "count": 4}, "histograms": {"interval": "5ba"}},
@@ -148,7 +102,7 @@ def test_its_plugin_is_imported_on_the_users_word_alone(trained, tmp_path):
     script = "import sys, rae; print(type(rae.load(sys.argv[1], imports=len(sys.argv) > 2)).__name__)"
     refused = run("python", "-c", script, str(tmp_path / "out"), check=False)
     assert "its model 'denoiser' needs" in refused.stderr
-    assert run("python", "-c", script, str(tmp_path / "out"), "yes").stdout.strip() == "Network"
+    assert run("python", "-c", script, str(tmp_path / "out"), "yes").stdout.strip() == "Sequential"
 
 
 def test_what_is_for_autoencoders_says_so(shards, settings_of, trained, tmp_path, capsys):
@@ -185,8 +139,11 @@ def test_its_arguments_are_checked(settings_of, tmp_path, model, line):
 def test_it_is_planned(settings_of, trained, tmp_path):
     settings = settings_of(tmp_path / "run")
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
-    main(["plan", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "plan.json"), "--gpus", "2"])
+    # A process of its own: this one has ranks already, if only one.
+    words = ("plan", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "plan.json"), "--gpus", "2")
+    run("python", "-m", "rae", *words)
     plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["memory"].keys() == {"ddp", "fsdp"}
     assert plan["parameters"] == {"network": [3 * 6 * 9 + 6 + 6 * 3 * 9 + 3, True]}
     multiplications = 2 * 64 * 64 * (3 * 6 * 9)  # of both convolutions, and back: twice the weights, once the image
     assert plan["gflops"][0]["network"] == pytest.approx(2 * multiplications * (1 + 1 + 0.5) / 1e9)

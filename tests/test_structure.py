@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import textwrap
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -96,6 +97,31 @@ assert made.decoder.head.weight.grad.abs().sum() > 0
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def head(path: Path) -> str:
+    """What a file says first."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0].rstrip(".")
+
+
+def house_map() -> str:
+    """Every folder with what it says first and its files; the doors at the top, the ground at the bottom."""
+    depths: dict[str, int] = {}
+    for name in TopologicalSorter({folder.name: allowed(folder) for folder in FOLDERS}).static_order():
+        depths[name] = 1 + max((depths[other] for other in allowed(HOUSE / name)), default=0)
+    lines = ["rae/"]
+    for name in sorted(depths, key=lambda name: (-depths[name], name)):
+        inside = [path for path in (HOUSE / name).iterdir() if not path.name.startswith("__")]
+        names = {f"{path.name}/" if path.is_dir() else path.stem for path in inside}
+        lines.append(f"  {name + '/':14}{head(HOUSE / name / '__init__.py')}")
+        wrapped = textwrap.wrap(" ".join(sorted(names)), 96)
+        lines += [f"{'':16}{line}" for line in wrapped]
+    files = [path for path in HOUSE.glob("*.py") if not path.name.startswith("__")]
+    return "\n".join([*lines, *(f"  {path.stem:14}{head(path)}" for path in files)])
+
+
+def test_the_readmes_map_is_the_house():
+    assert house_map() in (ROOT / "README.md").read_text(), f"the README's map is to be\n{house_map()}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(HOUSE)))

@@ -1,4 +1,4 @@
-"""Plugins that change training: losses beyond the pixel loss, the GAN, the weight average. One file each.
+"""Plugins that change training: losses beyond the pixel loss, the GAN, the weight average.
 
 May import: config, autoencoder.
 """

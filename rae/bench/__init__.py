@@ -1,4 +1,4 @@
-"""``make bench``: a training step beside the textbook's, loading beside others', side by side in one run.
+"""`make bench`: a training step beside the textbook's, loading beside others', in one run.
 
 May import: config, survival, autoencoder, data, algorithms, callbacks, training, plan.
 """

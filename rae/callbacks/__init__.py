@@ -1,4 +1,4 @@
-"""Plugins that watch training: pictures, figures, logs, guards, checkpoints. One file each.
+"""Plugins that watch training: pictures, figures, logs, guards, checkpoints.
 
 May import: config, survival, autoencoder, data, algorithms.
 """

@@ -1,22 +1,17 @@
 """Saving: atomically, sealed, uploaded in the background, rotated, and once more when the run is told to stop."""
 
-import contextlib
 import logging
-import os
-import queue
 import secrets
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Callback, Event, Logger, State
 from composer.utils import checkpoint as composer_checkpoint
-from composer.utils import create_interval_scheduler, dist, retry
+from composer.utils import create_interval_scheduler, dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
@@ -37,134 +32,11 @@ from rae.survival.checkpoints import (
     seal,
     sync,
 )
-from rae.survival.storage import RemoteFolder, is_remote, reason
+from rae.survival.signals import FAILED, StopRequest
+from rae.survival.storage import is_remote, reason
+from rae.survival.uploads import Uploader
 
 log = logging.getLogger(__name__)
-
-
-class Uploader:
-    """Copies checkpoints to a bucket, one after the other, in a thread that cannot keep the process from ending.
-
-    Args:
-        folder: where they go.
-        attempts: before an upload counts as failed; pauses between them double from a second on.
-    """
-
-    def __init__(self, folder: str, attempts: int):
-        self.folder, self.attempts = folder.rstrip("/"), attempts
-        self.queue: queue.Queue[tuple[Path, list[str], Callable[[], None]]] = queue.Queue()
-        self.used = False
-        """Whether this rank has anything to upload."""
-        self.done = ""
-        """The newest checkpoint of which this rank's part has arrived."""
-        self.failure = ""
-        """What went wrong, once an upload has failed for good. None is begun after that."""
-        threading.Thread(target=self._work, name="upload", daemon=True).start()
-
-    def put(self, checkpoint: Path, files: list[str], then: Callable[[], None]) -> None:
-        """Upload ``files`` of a checkpoint in this order, delete them here, and call ``then``."""
-        self.used = True
-        self.queue.put((checkpoint, files, then))
-
-    @property
-    def busy(self) -> bool:
-        """Whether there is something still to be uploaded, and hope."""
-        return self.queue.unfinished_tasks > 0 and not self.failure
-
-    def _work(self) -> None:
-        while True:
-            checkpoint, files, then = self.queue.get()
-            try:
-                if not self.failure:
-                    self._send(checkpoint, files)
-                    then()
-            except Exception as error:
-                self.failure = (
-                    f"checkpoint {checkpoint.name} could not be uploaded to {self.folder} in {self.attempts} "
-                    f"attempts: {reason(error)}; it is kept in {checkpoint}"
-                )
-            self.queue.task_done()
-
-    def _send(self, checkpoint: Path, files: list[str]) -> None:
-        remote = RemoteFolder(f"{self.folder}/{checkpoint.name}")
-
-        @retry(Exception, num_attempts=self.attempts)
-        def send(file: str) -> None:
-            try:
-                remote.upload(checkpoint / file, file)
-            except Exception as error:
-                log.warning("uploading %s of checkpoint %s: %s", file, checkpoint.name, reason(error))
-                raise
-
-        for file in files:
-            send(file)
-        for file in reversed(files):  # the seal first: what is left of a kill here is incomplete
-            (checkpoint / file).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # other ranks of this node may still be sending theirs
-            checkpoint.rmdir()
-        self.done = checkpoint.name
-
-
-FAILED = 1000
-"""Stands beside signals for an upload that has failed on some rank."""
-
-
-class StopRequest:
-    """Remembers a SIGTERM or SIGINT, on whichever rank, until all ranks know of it at the same step.
-
-    A second signal, some seconds later, ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.signal, self.heard_at = 0, 0.0
-        self.pending: tuple[Any, torch.Tensor] | None = None
-        self.handlers: dict[int, Any] = {}
-
-    def listen(self) -> None:
-        """Take over both signals. A collective call."""
-        if dist.get_world_size() > 1:
-            self.group = torch.distributed.new_group(backend="gloo")
-        self._handle(self._heard)
-
-    def ignore(self) -> None:
-        """Let no signal disturb what is done on account of the first."""
-        self._handle(signal.SIG_IGN)
-
-    def unlisten(self) -> None:
-        """Give both signals back to whom they were taken from."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def _handle(self, handler: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before = signal.signal(number, handler)
-                self.handlers.setdefault(number, before)
-
-    def _heard(self, number: int, frame: Any) -> None:
-        if not self.signal:
-            self.signal, self.heard_at = number, time.monotonic()
-        elif time.monotonic() - self.heard_at > 5:  # a launcher repeats at once what its whole group was sent
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    def agreed(self, failed: bool) -> int:
-        """The signal that the ranks have agreed on, FAILED, or 0. To be called once a step on every rank.
-
-        The exchange begun at one step is read at the next, so that no step waits for it.
-        """
-        mine = FAILED if failed else self.signal
-        if dist.get_world_size() == 1:
-            return mine
-        agreed = 0
-        if self.pending is not None:
-            work, number = self.pending
-            work.wait()
-            agreed = int(number)
-        number = torch.tensor(mine)
-        work = torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True)
-        self.pending = (work, number)
-        return agreed
 
 
 def nonfinite_weights(state: State) -> list[str]:

@@ -25,7 +25,7 @@ compare with themselves only. The originals' moments for rFID are computed once 
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rae.commands import add_source_arguments, check_counts, loading_workers, pick_device
+from rae.commands.options import add_source_arguments, check_counts, loading_workers, pick_device
 
 if TYPE_CHECKING:
     from rae.evaluation.comparison import Evaluated

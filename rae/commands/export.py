@@ -18,7 +18,7 @@ examples: python -m rae export runs/demo exports/demo
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rae.commands import add_source_arguments
+from rae.commands.options import add_source_arguments
 
 if TYPE_CHECKING:
     from rae.config.sections import Model

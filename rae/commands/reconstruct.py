@@ -25,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rae.commands import add_source_arguments, check_counts, loading_workers, pick_device
+from rae.commands.options import add_source_arguments, check_counts, loading_workers, pick_device
 
 if TYPE_CHECKING:
     from rae.evaluation.reconstruction import Record

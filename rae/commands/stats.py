@@ -11,7 +11,7 @@ examples:
 
 import argparse
 
-from rae.commands import add_source_arguments, check_counts, loading_workers, pick_device
+from rae.commands.options import add_source_arguments, check_counts, loading_workers, pick_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

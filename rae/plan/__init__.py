@@ -1,4 +1,4 @@
-"""What a run will take, from the run's own modules on tensors without data: ``python -m rae plan``.
+"""What a run will take, from the run's own modules on tensors without data.
 
 May import: config, survival, autoencoder, data, algorithms, callbacks, training.
 """

@@ -1,0 +1,85 @@
+"""Options that several commands have, and what is made of them."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True, weights: bool = True) -> None:
+    """The options of every command that opens an autoencoder; see :func:`rae.exchange.sources.open_source`.
+
+    Args:
+        device: whether it computes.
+        weights: whether it uses a run's decoder.
+    """
+    if weights:
+        parser.add_argument(
+            "--weights",
+            choices=("ema", "live"),
+            default="ema",
+            help="the average of a run's weights, or its last ones (default: ema, where there is an average)",
+        )
+    if device:
+        parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU, if there is one)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the source's configuration, e.g. model.encoder.dinov2.pretrained=PATH",
+    )
+    parser.add_argument(
+        "--imports", action="store_true", help="import the modules that an export's encoder needs: run their code"
+    )
+
+
+def check_counts(arguments: argparse.Namespace, *options: str) -> None:
+    """Raise UserError for an option, by its attribute's name, that is given and less than 1."""
+    from rae.config.errors import UserError
+
+    for option in options:
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
+
+
+def loading_workers(arguments: argparse.Namespace) -> int:
+    """``--workers``, by default as many as there are cores, and no more than 8.
+
+    Raises:
+        UserError: it is negative.
+    """
+    from rae.config.errors import UserError
+
+    if arguments.workers is not None and arguments.workers < 0:
+        raise UserError(f"--workers must be 0 or more, not {arguments.workers}")
+    return min(8, os.cpu_count() or 1) if arguments.workers is None else arguments.workers
+
+
+def pick_device(name: str | None = None) -> "torch.device":
+    """The device called ``name``; by default the first GPU, or the CPU where there is none.
+
+    Raises:
+        UserError: no such device.
+    """
+    import torch
+
+    from rae.config.errors import UserError
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device("cuda" if name == "gpu" else name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is no device; write cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r} is not supported; write cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name!r}: this machine has {torch.cuda.device_count() or 'no'} GPU that torch can use"
+        )
+    return device
