@@ -113,7 +113,8 @@ def test_a_cache_limit_must_hold_shards_and_spares_the_only_copy(data):
 def test_a_full_disk_stops_the_download(data, tmp_path):
     """A limit on the size of files makes writing fail where a full disk would."""
     program = (
-        "from rae.data.dataset import *; s = open_stream('/', ''); "
+        "from rae.data.decoding import eval_transform; from rae.data.dataset import ImageDataset, open_stream; "
+        "s = open_stream('/', ''); "
         f"s.remote, s.local = {str(data)!r}, {str(tmp_path / 'cache')!r}; "
         "d = ImageDataset(streams=[s], transform=eval_transform(64), seed=0, download_retry=1); d[0]"
     )
