@@ -77,7 +77,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_each_fault_is_one_clear_line(config_file, fault, monkeypatch):
     overrides, message = FAULTS[fault]
-    monkeypatch.setattr("rae.training.build.build_trainer", None)
+    monkeypatch.setattr("rae.training.run.build_trainer", None)
     if fault == "device" and os.path.exists("/dev/nvidia0"):
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError) as caught:
