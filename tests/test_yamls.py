@@ -51,8 +51,8 @@ def overrides(name: str, shards, run_dir, backbones) -> list[str]:
         f"model.encoder.{kind}.input_size={input_size}",
         f"algorithms.perceptual.weights={backbones['vgg']}", f"metrics.lpips.weights={backbones['vgg']}",
         f"metrics.rfid.weights={backbones['inception']}",
-        f"{dino}.weights={GOLDEN}/dino_tiny.pth", f"{dino}.embed_dim=32", f"{dino}.depth=4", f"{dino}.num_heads=4",
-        f"{dino}.blocks=[0,1,3]",
+        f"{dino}.weights={GOLDEN}/dino_small.pth", f"{dino}.embed_dim=32", f"{dino}.depth=2", f"{dino}.num_heads=4",
+        f"{dino}.blocks=[0,1]", f"{dino}.input_size=72",
         f"trainer.save_folder={run_dir}/checkpoints", "trainer.device_train_microbatch_size=2",
     ]  # fmt: skip
 
