@@ -16,11 +16,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from rae.__main__ import main
 from rae.config import registry
 from rae.config.loading import load_config
 from rae.config.sections import Config
 from rae.training.checks import check
 from tests.conftest import ROOT, metrics_of, run, tiny_settings, train_here, write_images
+from tests.test_convert import convert
 from tests.test_yamls import backbones, overrides  # noqa: F401
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -216,7 +218,9 @@ def test_error_lines_are_found():
     assert len(ERROR_LINES) > 20
 
 
-def test_the_guide_from_zero_runs_as_written(tmp_path, backbones):  # noqa: F811
+def test_the_guide_from_zero_runs_as_written(tmp_path, monkeypatch, backbones):  # noqa: F811
+    """Training by its real launcher; what Python alone runs, in this process, which spares each the imports."""
+    monkeypatch.chdir(tmp_path)
     for name in ("convert", "yamls", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     write_images(tmp_path / "photos/hills", 12)
@@ -230,8 +234,14 @@ def test_the_guide_from_zero_runs_as_written(tmp_path, backbones):  # noqa: F811
     script = "".join(text for mark, text in blocks(ROOT / "docs/own-images.md", "bash") if mark == "run")
     for line in lines(script):
         words = shlex.split(line)
-        small = tiny if "yamls/rae_dino_b.yaml" in words else []
-        run(*words, *small, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+        words += tiny if "yamls/rae_dino_b.yaml" in words else []
+        match words:
+            case ["python", "-m", "rae", *rest]:
+                main(rest)
+            case ["python", script, *rest] if script.startswith("convert/"):
+                convert(script, *rest)
+            case _:
+                run(*words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     made = ["look/index.html", "figures.json", "exports/photos/model.safetensors", "runs/photos/curves.png"]
     made += ["exports/stat.pt"]
     assert [name for name in made if not (tmp_path / name).is_file()] == []
