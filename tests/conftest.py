@@ -23,6 +23,7 @@ from rae.data.conversion import write_shards
 from rae.data.listing import list_images
 from rae.data.parts import Options
 from rae.survival.checkpoints import fetch, in_form, list_checkpoints, without_code
+from tests.forks import run_ranks
 
 _CACHE = tempfile.TemporaryDirectory(prefix="rae-cache-")
 os.environ["RAE_CACHE"] = _CACHE.name
@@ -91,6 +92,11 @@ def launch(settings: dict, path: Path, *overrides: str, ranks: int | None = None
     """Train from a YAML in ``path``: with the ``composer`` command, or with plain Python if ``ranks`` is None."""
     command = ["composer", "-n", str(ranks)] if ranks else [sys.executable]
     return run(*command, "train.py", write_yaml(settings, path), *overrides, check=check, **kwargs)
+
+
+def train_ranks(settings: dict, path: Path) -> str:
+    """As :func:`launch` with two ranks, but without a launcher and imports; returns what the ranks said."""
+    return "".join(run_ranks(path, "train.py", write_yaml(settings, path)))
 
 
 def write_yaml(settings: dict, path: Path) -> str:
@@ -306,4 +312,9 @@ def make_ranks(shards: Path, root: Path) -> None:
         settings = layout_settings(shards, root / layout, layout)
         if layout == "ddp":
             settings |= {"imports": [str(root / "spy.py")], "callbacks": {"spy": {}}}
-        launch(settings, root / f"{layout}-launch", ranks=count)
+        if layout == "one":
+            train_here(settings)
+        elif layout == "ddp":
+            launch(settings, root / "ddp-launch", ranks=count)
+        else:
+            train_ranks(settings, root / "fsdp-launch")

