@@ -22,7 +22,7 @@ from rae.autoencoder.rae import quantize, to_float
 from rae.config.arguments import build
 from rae.config.sections import Config
 from rae.training.build import build_model
-from tests.conftest import TINY_DINO, relative_error, tiny_settings
+from tests.conftest import SMALL_DINO, relative_error, tiny_settings
 
 
 class CountedDistance(FeatureDistance):
@@ -49,7 +49,7 @@ def parts(tmp_path):
     model = build_model(config).train()
     perceptual = build("algorithm", {"perceptual": config.algorithms["perceptual"]}, "algorithms")
     perceptual.network = CountedDistance()
-    settings = {"discriminator": {"dino": TINY_DINO}, "augment": False, "start": "0ba", "discriminator_start": "0ba"}
+    settings = {"discriminator": {"dino": SMALL_DINO}, "augment": False, "start": "0ba", "discriminator_start": "0ba"}
     adversarial = build("algorithm", {"adversarial": settings}, "algorithms", steps_per_epoch=5)
     batch = {"image": torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8), "label": torch.zeros(6)}
     return model, perceptual, adversarial, batch

@@ -21,7 +21,7 @@ from rae.config.sections import Compile
 from rae.training.compilation import check_compiler
 from tests.conftest import (
     FIGURES,
-    TINY_DINO,
+    SMALL_DINO,
     load_newest,
     metrics_of,
     tensors_of,
@@ -108,7 +108,7 @@ def counted(shards, run_dir, operations=True, **sections):
     settings["trainer"]["max_duration"] = "6ba"
     # Some of the discriminator's gradients are zero but for rounding: a larger eps keeps Adam from following them.
     settings["algorithms"]["adversarial"] |= {
-        "discriminator": {"dino": TINY_DINO | {"blocks": [1]}},
+        "discriminator": {"dino": SMALL_DINO | {"blocks": [1]}},
         "optimizer": {"adamw": {"eps": 1e-4}},
     }
     train_here(settings)
@@ -146,7 +146,7 @@ def test_nothing_of_ours_waits_for_the_device(steps, step, losses):
 
 @pytest.mark.parametrize(
     ("step", "operations", "copies", "megabytes"),
-    [(L1_LPIPS, 1200, 55, 92), (DISCRIMINATOR, 2650, 132, 460), (GAN, 3300, 163, 680)],
+    [(L1_LPIPS, 1200, 55, 92), (DISCRIMINATOR, 2540, 132, 143), (GAN, 3130, 163, 180)],
 )
 def test_a_step_takes_no_more_operations(steps, step, operations, copies, megabytes):
     counts = steps[step]["counts"]

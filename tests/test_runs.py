@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.conftest import figures, launch, load_newest, metrics_of, resumable, tensors_of, tiny_settings
+from tests.conftest import figures, launch, load_newest, metrics_of, resumable, tensors_of, tiny_settings, train_here
 
 
 def test_what_a_run_leaves_in_its_folder(undisturbed):
@@ -61,12 +61,16 @@ def test_running_a_finished_run_again_says_so(shards, undisturbed, tmp_path):
     assert [file.read_text() for file in files] == before
 
 
-def test_bf16_on_a_cpu_is_one_warning(shards, tmp_path):
-    done = launch(
-        tiny_settings(shards, tmp_path / "run"), tmp_path, "trainer.precision=amp_bf16", "trainer.max_duration=1ba"
-    )
-    assert done.stderr.count("needs a GPU; on this CPU the run uses fp32") == 1
-    assert "Warning" not in done.stderr
+def test_bf16_on_a_cpu_is_one_warning(shards, tmp_path, caplog, recwarn):
+    settings = tiny_settings(shards, tmp_path / "run")
+    settings["trainer"] |= {"precision": "amp_bf16", "max_duration": "1ba"}
+    train_here(settings)
+    assert caplog.text.count("needs a GPU; on this CPU the run uses fp32") == 1
+    assert not recwarn.list
+
+
+def test_a_run_that_is_as_it_should_be_warns_of_nothing(undisturbed):
+    assert "Warning" not in (undisturbed.parent / "stderr").read_text()
 
 
 def test_ranks_are_identical_after_every_step(ranks):
@@ -83,8 +87,8 @@ def test_two_ranks_match_one(ranks, parallel):
         for name in a:
             # Rounding fakes to 8 bits and signs of logits turn differences of 1e-8 into larger ones, after a while.
             early = a["batch"] <= 4 and name != "discriminator/accuracy"
-            late = 2e-2 if name.startswith("gradient/") else 2e-3  # gradients feel them first, and most
+            late = 2e-2 if name.startswith(("gradient/", "gan/")) else 2e-3  # gradients feel them first, and most
             rel, absolute = (1e-4, 1e-5) if early else (late, 1e-4)  # mean logits pass through 0
-            if name == "discriminator/accuracy":
-                absolute = 4e-3  # a few of its 1944 places
+            if name.endswith("discriminator/accuracy"):
+                absolute = 1e-2  # some of its 1944 places
             assert b[name] == pytest.approx(a[name], rel=rel, abs=absolute), (a["batch"], name)
