@@ -189,7 +189,7 @@ def test_compiled_networks_give_the_same_numbers(steps, run_dir, compiled):
         assert ours.keys() == theirs.keys()
         for name in (name for name in ours if name.startswith(FIGURES) and not name.endswith("accuracy")):  # a count
             # Steps of Adam that follow rounding show in gradients first, once the GAN makes them visible.
-            rel = 1e-5 if name.startswith("loss/") else 2e-3
+            rel = (1e-5 if ours["batch"] <= 4 else 1e-4) if name.startswith("loss/") else 2e-3
             assert theirs[name] == pytest.approx(ours[name], rel=rel, abs=1e-6), name
 
 

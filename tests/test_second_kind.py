@@ -38,7 +38,8 @@ def settings_of(shards, tmp_path_factory):
             "model": {"denoiser": {"width": 6}},
             "algorithms": {"ema": {"decay": 0.9}, "gradient_clipping": clipping},
             "callbacks": {"pictures": {"interval": "4ba", "count": 4}, "histograms": {"interval": "5ba"}},
-            "compile": {"network": True, "backend": "eager"},
+            "compile": dict.fromkeys(("encoder", "decoder", "perceptual", "discriminator"), True)
+            | {"backend": "eager"},
         }
         settings["trainer"] |= {"save_interval": "3ba", "device_train_microbatch_size": 4}
         return settings

@@ -149,8 +149,6 @@ class Compile(Section):
     perceptual: bool = False
     """The networks of perceptual loss terms."""
     discriminator: bool = False
-    network: bool = False
-    """That of another kind of model."""
     backend: str = "inductor"
     mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
     """Inductor's; the second tries more kernels, and takes longer to start."""
@@ -164,8 +162,12 @@ class Compile(Section):
         """The chosen ones."""
         return [name for name in _COMPILED if getattr(self, name)]
 
+    def chooses(self, network: str) -> bool:
+        """Whether a network is chosen; one of another kind of model, which has no key here, if all that have are."""
+        return getattr(self, network, len(self.networks()) == len(_COMPILED))
 
-_COMPILED = ("encoder", "decoder", "perceptual", "discriminator", "network")
+
+_COMPILED = ("encoder", "decoder", "perceptual", "discriminator")
 
 
 class Config(Section):

@@ -39,6 +39,6 @@ def compile_networks(chosen: Compile, model: RunModel, algorithms: Iterable[obje
     options = {"mode": chosen.mode} if chosen.backend == "inductor" else {}
     for each in (model, *algorithms):
         for network, modules in each.compiled().items() if hasattr(each, "compiled") else ():
-            if network in chosen.networks():
+            if chosen.chooses(network):
                 for module in modules:
                     module.compile(backend=chosen.backend, **options)
