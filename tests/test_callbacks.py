@@ -361,21 +361,56 @@ def test_the_referee_speaks_once_each_time(caplog):
     referee = Referee(window=20)
     with caplog.at_level(logging.WARNING):
         for _ in range(19):
-            referee.judge(0.5, 0.01, 0.0)
+            referee.judge(0.5, 0.01, 0.0, 1e-4)
         assert (referee.verdict, caplog.messages) == (0, [])
         for _ in range(50):
-            referee.judge(0.5, 0.01, 0.0)
+            referee.judge(0.5, 0.01, 0.0, 1e-4)
         assert referee.verdict == -1
         assert len(caplog.messages) == 1
         assert "has collapsed: over 20 steps it told real from fake in 50% of places" in caplog.messages[0]
         for _ in range(100):
-            referee.judge(0.75, 1.0, -1.0)
+            referee.judge(0.75, 1.0, -1.0, 1e-4)
         assert referee.verdict == 0
         for _ in range(200):
-            referee.judge(1.0, 3.0, -3.0)
+            referee.judge(1.0, 3.0, -3.0, 1e-4)
         assert referee.verdict == 1
         assert len(caplog.messages) == 2
         assert "has won" in caplog.messages[1]
+
+
+def test_the_referee_awaits_the_warm_up(caplog):
+    referee = Referee(window=20)
+    with caplog.at_level(logging.WARNING):
+        for step in range(100):
+            referee.judge(0.5, 0.0, 0.0, learning_rate=1e-4 * (step + 1) / 100)
+        for _ in range(200):
+            referee.judge(0.6, 0.1, 0.0, learning_rate=1e-4)
+    assert (referee.verdict, caplog.messages) == (0, [])
+    assert referee.accuracy == pytest.approx(0.6)
+
+
+def test_the_referee_tells_a_win_during_the_warm_up(caplog):
+    referee = Referee(window=20)
+    with caplog.at_level(logging.WARNING):
+        for step in range(20):
+            referee.judge(1.0, 3.0, -3.0, learning_rate=1e-6 * (step + 1))
+        assert (referee.verdict, len(caplog.messages)) == (1, 1)
+        for _ in range(40):
+            referee.judge(1.0, 3.0, -3.0, learning_rate=2e-5)
+    assert (referee.verdict, len(caplog.messages)) == (1, 1)
+    assert "has won" in caplog.messages[0]
+
+
+def test_the_referee_tells_a_collapse_after_the_warm_up(caplog):
+    referee = Referee(window=20)
+    with caplog.at_level(logging.WARNING):
+        for step in range(100):
+            referee.judge(0.5, 0.0, 0.0, learning_rate=1e-4 * (step + 1) / 100)
+        for _ in range(20):
+            assert referee.verdict == 0
+            referee.judge(0.5, 0.0, 0.0, learning_rate=1e-4)
+    assert referee.verdict == -1
+    assert len(caplog.messages) == 1
 
 
 MISTAKES = {

@@ -1,6 +1,7 @@
 """A word of warning when the discriminator has won, or has collapsed."""
 
 import logging
+import math
 
 from composer import Callback, Logger, State
 from composer.utils import dist
@@ -29,10 +30,10 @@ class Referee(Callback):
 
     ``referee/verdict`` is −1 (collapsed: it guesses), 1 (won: it is never wrong) or 0; ``referee/accuracy`` and
     ``referee/gap`` are running means, over about ``window`` steps, of its accuracy and of real minus fake logits.
-    They begin when it does, and again when a run is resumed.
+    They begin when it does, again when its learning rate has warmed up, and again when a run is resumed.
 
     Args:
-        window: steps; there is no verdict before so many.
+        window: steps; there is no verdict before so many, and none of −1 before so many after the warm-up.
         collapsed: accuracy within this of 0.5, or below, and logits less than this apart.
         won: accuracy above it.
     """
@@ -44,18 +45,24 @@ class Referee(Callback):
             raise ValueError("collapsed must be between 0 and 0.5, and won between 0.5 and 1")
         self.window, self.collapsed, self.won = window, collapsed, won
         self.steps, self.accuracy, self.gap, self.verdict = 0, 0.0, 0.0, 0
+        self.learning_rate, self.warming_up = math.inf, False
 
     def batch_end(self, state: State, logger: Logger) -> None:
         adversarial = next((a for a in state.algorithms if isinstance(a, Adversarial)), None)
         if adversarial is None or not adversarial.figures or adversarial.bad_update:
             return
-        self.judge(*(adversarial.figures[f"discriminator/{n}"] for n in ("accuracy", "logits_real", "logits_fake")))
+        names = ("discriminator/accuracy", "discriminator/logits_real", "discriminator/logits_fake", "lr/discriminator")
+        self.judge(*(adversarial.figures[name] for name in names))
         logger.log_metrics(
             {"referee/accuracy": self.accuracy, "referee/gap": self.gap, "referee/verdict": float(self.verdict)}
         )
 
-    def judge(self, accuracy: float, logits_real: float, logits_fake: float) -> None:
+    def judge(self, accuracy: float, logits_real: float, logits_fake: float, learning_rate: float) -> None:
         """Take a step's figures into account, and say so when the verdict becomes another."""
+        was_warming_up, self.warming_up = self.warming_up, learning_rate > self.learning_rate
+        self.learning_rate = learning_rate
+        if was_warming_up and not self.warming_up and not self.verdict:  # a win that was told is not told again
+            self.steps = 0
         self.steps += 1
         share = 1 / min(self.steps, self.window)
         self.accuracy += share * (accuracy - self.accuracy)
@@ -71,5 +78,6 @@ class Referee(Callback):
         # What has been said holds until the figures have moved well away: not a line at each crossing.
         slack = 1.5 if self.verdict else 1.0
         if self.accuracy - 0.5 < self.collapsed * slack and self.gap < self.collapsed * slack:
-            return -1
+            # Who has hardly been taught has not collapsed.
+            return 0 if self.warming_up else -1
         return 1 if 1 - self.accuracy < (1 - self.won) * slack else 0
