@@ -57,7 +57,7 @@ class Referee(Callback):
             {"referee/accuracy": self.accuracy, "referee/gap": self.gap, "referee/verdict": float(self.verdict)}
         )
 
-    def judge(self, accuracy: float, logits_real: float, logits_fake: float, learning_rate: float) -> None:
+    def judge(self, accuracy: float, logits_real: float, logits_fake: float, learning_rate: float = 0.0) -> None:
         """Take a step's figures into account, and say so when the verdict becomes another."""
         was_warming_up, self.warming_up = self.warming_up, learning_rate > self.learning_rate
         self.learning_rate = learning_rate

@@ -35,11 +35,11 @@ def prepare_data() -> None:
 def train_and_stop() -> None:
     """Start training, and end it as a preempted machine would once it has a checkpoint."""
     _say(f"$ {' '.join(TRAIN)}      (to be stopped after step {STOP_AFTER})")
-    process = subprocess.Popen(_command(TRAIN), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(_command(TRAIN), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     stopping = threading.Event()
 
     def relay() -> None:
-        for line in process.stderr or ():
+        for line in process.stdout or ():
             if not stopping.is_set():  # after that it is the launcher's account of its own end
                 print(line, end="", file=sys.stderr, flush=True)
 
