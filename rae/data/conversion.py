@@ -75,7 +75,7 @@ def write_shards(source: ImageSource, options: Options, first: int = 0, last: in
     plan = place.begin(plan, options.overwrite)
     job = Job(source, options, place, first, last, plan["part"], plan["resumed"])
     records, skipped = [], []
-    for record in run_parts(_image_part, job, job.parts(), options.workers):
+    for record in run_parts(_image_part, job):
         records.append(record)
         skipped += record["skipped"]
         if len(skipped) > options.max_skipped:

@@ -19,7 +19,7 @@ from rae.data.loaders import start_worker
 from rae.data.reader import BadSampleError, DataError
 from rae.data.shards import INDEX
 from rae.survival.processes import of_first_rank, rank, world_size
-from rae.survival.storage import RemoteFolder, is_remote, reason
+from rae.survival.storage import is_remote, on_disk
 
 
 class _OneImage:
@@ -32,12 +32,11 @@ class _OneImage:
         return 1
 
     def __getitem__(self, index: int) -> tuple[str, bytes, int]:
-        folder, _, name = self.path.rpartition("/")
-        if not is_remote(self.path):
-            return name, Path(self.path).read_bytes(), -1
         with tempfile.TemporaryDirectory() as scratch:
-            RemoteFolder(folder).download(name, Path(scratch, "image"))
-            return name, Path(scratch, "image").read_bytes(), -1
+            file = on_disk(self.path, Path(scratch, "image"))
+            if file is None:
+                raise FileNotFoundError("it does not exist")
+            return self.path.rpartition("/")[2], file.read_bytes(), -1
 
 
 class _Files(Dataset):
@@ -115,24 +114,13 @@ def open_images(path: str, image_size: int, cache: str | Path | None = None, lim
 
 
 def _holds_shards(path: str) -> bool:
-    if not is_remote(path):
-        _refuse_parent(path)
-        return os.path.isfile(f"{path}/{INDEX}")
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            RemoteFolder(path).download(INDEX, Path(scratch, INDEX))
-        except FileNotFoundError:
-            return False
-        except Exception as error:
-            raise UserError(f"cannot read {path}: {reason(error)}") from error
-    return True
-
-
-def _refuse_parent(path: str) -> None:
-    """Raise UserError for a folder of data sets, which would be listed as one of no images."""
-    inside = sorted(str(index.parent) for index in Path(path).glob(f"*/{INDEX}"))
-    if inside and not os.path.isfile(f"{path}/{INDEX}"):
+        if on_disk(f"{path}/{INDEX}", Path(scratch, INDEX)):
+            return True
+    inside = sorted(str(index.parent) for index in Path(path).glob(f"*/{INDEX}"))  # it would be listed: no images
+    if inside and not is_remote(path):
         raise UserError(f"{path!r} is no data set, but holds some; give one: {', '.join(inside[:4])}")
+    return False
 
 
 def _is_run(path: str) -> bool:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,14 +113,12 @@ class Job:
 _worker: tuple[Callable[[Job, int], dict[str, Any]], Job, Any]
 
 
-def run_parts(
-    work: Callable[[Job, int], dict[str, Any]], job: Job, parts: Iterable[int], workers: int
-) -> Iterator[dict[str, Any]]:
+def run_parts(work: Callable[[Job, int], dict[str, Any]], job: Job) -> Iterator[dict[str, Any]]:
     """Run ``work(job, part)`` for every part in processes; yields the records as they come, with a progress bar."""
     fork = multiprocessing.get_context("fork")  # workers share the open files of a source
     stop = fork.Event()
-    with concurrent.futures.ProcessPoolExecutor(workers, fork, _start, (work, job, stop)) as pool:
-        futures = [pool.submit(_run, part) for part in parts]
+    with concurrent.futures.ProcessPoolExecutor(job.options.workers, fork, _start, (work, job, stop)) as pool:
+        futures = [pool.submit(_run, part) for part in job.parts()]
         try:
             for future in with_bar(concurrent.futures.as_completed(futures), "shards", len(futures)):
                 yield future.result()

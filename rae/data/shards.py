@@ -1,10 +1,8 @@
 """Where data sets of MDS shards are, local or in a bucket: their index, their marker, and one that is being written."""
 
 import contextlib
-import functools
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ from typing import Any
 from streaming.base.format import reader_from_json
 
 from rae.config.errors import UserError, first_line
-from rae.survival.storage import RemoteFolder, is_remote, reason
+from rae.survival.storage import RemoteFolder, is_remote, on_disk, saying
 
 INDEX, SUMMARY, RECORDS = "index.json", "dataset.json", "conversion"
 
@@ -29,28 +27,12 @@ class Place:
     def __init__(self, out: str):
         self.out, self.remote = out.rstrip("/"), is_remote(out)
         self.folder = Path(f"{self.out}.partial")
+        self.here = self.out if self.remote else str(self.folder)
+        """Where its files are while it is being written."""
 
     def read(self, name: str) -> Any:
         """A JSON file's content, or None."""
-        try:
-            with self.open(name) as file:
-                return json.load(file)
-        except FileNotFoundError:
-            return None
-
-    @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[Any]:
-        """A file's content, as a file that is open for reading.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            path = fetch(f"{self.out if self.remote else self.folder}/{name}", f"{folder}/file")
-            if path is None:
-                raise FileNotFoundError(f"{self.out}/{name}")
-            with Path(path).open("rb") as file:
-                yield file
+        return _read(f"{self.here}/{name}")
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file, wholly or not at all."""
@@ -64,10 +46,8 @@ class Place:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             file.replace(self.folder / name)
             return
-        try:
-            _remote(self.out, os.getpid()).upload(file, name)
-        except Exception as error:
-            raise UserError(f"cannot write {self.out}/{name}: {reason(error)}") from error
+        with saying(f"cannot write {self.out}/{name}"):
+            RemoteFolder(self.out).upload(file, name)
         file.unlink()
 
     def scratch(self) -> str | None:
@@ -95,7 +75,7 @@ class Place:
             return {**plan, "resumed": False}
         if any(begun.get(key) != plan[key] for key in ("source", "options")):
             raise UserError(
-                f"{self.out if self.remote else self.folder} holds an unfinished conversion of other images or with "
+                f"{self.here} holds an unfinished conversion of other images or with "
                 "other options; finish that one, or start anew with --overwrite"
             )
         return {**begun, "resumed": True}
@@ -137,28 +117,11 @@ def naming(file: str) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, file) from error
 
 
-@functools.lru_cache(maxsize=8)
-def _remote(url: str, process: int) -> RemoteFolder:
-    """A folder of a bucket for this process alone: a forked one must not share its parent's connections."""
-    return RemoteFolder(url)
-
-
-def fetch(url: str, local: str) -> str | None:
-    """Where a file is on this disk: itself, or downloaded to ``local``; None when there is no such file.
-
-    Raises:
-        UserError: the store cannot be reached, or refuses.
-    """
-    if not is_remote(url):
-        return url if os.path.isfile(url) else None
-    folder, _, name = url.rpartition("/")
-    try:
-        _remote(folder, os.getpid()).download(name, Path(local))
-    except FileNotFoundError:
-        return None
-    except Exception as error:
-        raise UserError(f"cannot read {url}: {reason(error)}") from error
-    return local
+def _read(url: str) -> Any:
+    """A JSON file's content, or None where there is no such file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = on_disk(url, Path(folder, "file"))
+        return json.loads(path.read_text()) if path else None
 
 
 def read_index(url: str) -> dict[str, Any]:
@@ -168,15 +131,13 @@ def read_index(url: str) -> dict[str, Any]:
         UserError: there is none, or it is no index.
     """
     name = f"{url.rstrip('/')}/{INDEX}"
-    with tempfile.TemporaryDirectory() as folder:
-        path = fetch(name, f"{folder}/{INDEX}")
-        if path is None:
+    try:
+        index = _read(name)
+        if index is None:
             raise UserError(f"there is no {name}, so it is no finished MDS data set")
-        try:
-            index = json.loads(Path(path).read_text())
-            [reader_from_json("", None, shard) for shard in index["shards"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}") from error
+        [reader_from_json("", None, shard) for shard in index["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}") from error
     return index
 
 
@@ -188,15 +149,13 @@ def content_hash(shards: list[dict[str, Any]]) -> str:
 
 def summary_faults(url: str, index: dict[str, Any]) -> list[str]:
     """What is wrong with a data set's ``dataset.json``, or does not agree with its index."""
-    with tempfile.TemporaryDirectory() as folder:
-        name = f"{url.rstrip('/')}/{SUMMARY}"
-        path = fetch(name, f"{folder}/{SUMMARY}")
-        if path is None:
+    name = f"{url.rstrip('/')}/{SUMMARY}"
+    try:
+        summary = _read(name)
+        if summary is None:
             return []  # written by another program
-        try:
-            summary = json.loads(Path(path).read_text())
-            expected = (summary["images"], summary["content_hash"])
-        except (ValueError, KeyError, TypeError) as error:
-            return [f"{name} is damaged: {type(error).__name__}: {first_line(error)}"]
+        expected = (summary["images"], summary["content_hash"])
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{name} is damaged: {type(error).__name__}: {first_line(error)}"]
     found = (sum(shard["samples"] for shard in index["shards"]), content_hash(index["shards"]))
     return [] if found == expected else [f"{INDEX} is not that of {SUMMARY}: it lists {found[0]:,} images"]

@@ -1,6 +1,5 @@
 """Checking data sets of MDS shards: every shard against its hashes, and that every image decodes."""
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from rae.config.errors import first_line
 from rae.data.decoding import decode
 from rae.data.parts import Job, Options, run_parts
 from rae.data.reader import Reader, shard_fault
-from rae.data.shards import INDEX, Place, fetch, read_index, summary_faults
+from rae.data.shards import INDEX, Place, read_index, summary_faults
+from rae.survival.storage import on_disk
 
 
 def verify(url: str, workers: int = Options.workers) -> tuple[int, list[str]]:
@@ -27,9 +27,9 @@ def verify(url: str, workers: int = Options.workers) -> tuple[int, list[str]]:
     """
     index = read_index(url)
     faults = summary_faults(url, index)
-    job = Job((url, index["shards"]), Options(url), Place(url), 0, len(index["shards"]), 1, False)
+    job = Job((url, index["shards"]), Options(url, workers=workers), Place(url), 0, len(index["shards"]), 1, False)
     sound = 0
-    for record in run_parts(_check_shard, job, job.parts(), workers):
+    for record in run_parts(_check_shard, job):
         sound += record["sound"]
         faults += record["faults"]
     return sound, sorted(faults)
@@ -45,17 +45,17 @@ def _check_shard(job: Job, part: int) -> dict[str, Any]:
 def _shard_faults(url: str, shard: dict[str, Any], folder: str) -> tuple[int, list[str]]:
     info = FileInfo(**(shard["zip_data"] or shard["raw_data"]))
     name = f"{url.rstrip('/')}/{info.basename}"
-    path = fetch(name, f"{folder}/stored")
+    path = on_disk(name, Path(folder, "stored"))
     if path is None:
         return 0, [f"{name} is listed in {INDEX} but absent"]
-    fault = shard_fault(path, info)
-    if fault:
-        return 0, [fault.replace(path, name)]
+    if fault := shard_fault(str(path), info):
+        return 0, [fault.replace(str(path), name)]
     if shard["zip_data"]:
-        Path(folder, "raw").write_bytes(decompress(shard["compression"], Path(path).read_bytes()))
-        path = f"{folder}/raw"
-    raw = {**shard["raw_data"], "basename": os.path.basename(path)}
-    reader = Reader.of(reader_from_json(os.path.dirname(path), None, {**shard, "raw_data": raw}))
+        raw = decompress(shard["compression"], path.read_bytes())
+        path = Path(folder, "raw")
+        path.write_bytes(raw)
+    here = {**shard, "raw_data": {**shard["raw_data"], "basename": path.name}}
+    reader = Reader.of(reader_from_json(str(path.parent), None, here))
     return _image_faults(reader, name)
 
 

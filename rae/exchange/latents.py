@@ -25,6 +25,7 @@ from rae.data.images import batches, with_bar
 from rae.data.loaders import start_worker
 from rae.data.parts import Job, Options, PartWriter, finish
 from rae.data.shards import RECORDS, Place
+from rae.exchange.places import local_file
 from rae.survival.processes import barrier, of_first_rank, rank, world_size
 from rae.survival.storage import is_remote
 
@@ -227,15 +228,14 @@ def latent_statistics(
 
 
 def _finish(job: Job, content: dict[str, Any], seconds: float) -> dict[str, Any]:
-    moments, records = Moments(), []
-    for part in job.parts():
-        record = job.place.read(f"{RECORDS}/{part:06}.json")
-        with job.place.open(f"{RECORDS}/{part:06}.pt") as file:
-            moments.merge(Moments(**torch.load(file)))
-        records.append(record)
+    moments = Moments()
+    records = [job.place.read(f"{RECORDS}/{part:06}.json") for part in job.parts()]
     classes = sorted({int(label) for record in records for label in record["counts"]})
     names = [str(label) for label in range(max(classes) + 1)]
     with tempfile.TemporaryDirectory(dir=job.place.scratch(), prefix="part-") as folder:
+        for part in job.parts():
+            file = local_file(f"{job.place.here}/{RECORDS}/{part:06}.pt", Path(folder))
+            moments.merge(Moments(**torch.load(file)))
         torch.save(moments.statistics(), Path(folder, STATS))
         job.place.move(Path(folder, STATS), STATS)
     return finish(job.place, records, names, content, seconds)

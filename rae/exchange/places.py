@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rae.config.errors import UserError
-from rae.survival.storage import RemoteFolder, can_delete, filled, is_remote, reason
+from rae.survival.storage import RemoteFolder, can_delete, filled, is_remote, on_disk, saying
 
 CONFIG, WEIGHTS, ENCODER, CARD = "config.json", "model.safetensors", "encoder", "README.md"
 RUN = "config.yaml"
@@ -19,6 +19,7 @@ OURS = {CONFIG, WEIGHTS, ENCODER, CARD, RUN, "model.pt", "stat.pt", "diffusion_p
 """What an export of any format may hold."""
 OPENING = "A Representation Autoencoder ([arXiv 2510.11690](https://arxiv.org/abs/2510.11690)): a frozen vision encoder"
 """What every export's model card says, and no other program's."""
+WOULD_DO = "give a run's folder, a checkpoint, a YAML or an export"
 
 
 def local_folder(name: str, scratch: Path, revision: str | None = None) -> Path:
@@ -28,7 +29,12 @@ def local_folder(name: str, scratch: Path, revision: str | None = None) -> Path:
         UserError: there is none.
     """
     if is_remote(name):
-        return download(name, scratch / "export")
+        local, remote = scratch / "export", RemoteFolder(name)
+        for file in list_names(name):
+            (local / file).parent.mkdir(parents=True, exist_ok=True)
+            with saying(f"cannot read {name}/{file}"):
+                remote.download(file, local / file)
+        return local
     if os.path.isdir(name):
         return Path(name)
     if not may_be_on_hub(name):
@@ -56,35 +62,29 @@ def local_file(path: str, scratch: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    if not is_remote(path):
-        if not Path(path).is_file():
-            raise UserError(f"there is no file {path!r}")
-        return Path(path)
-    folder, _, name = path.rpartition("/")
-    try:
-        RemoteFolder(folder).download(name, scratch / name)
-    except Exception as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from error
-    return scratch / name
+    found = on_disk(path, scratch / path.rpartition("/")[2])
+    if found is None:
+        raise UserError(f"cannot read {path}: it does not exist" if is_remote(path) else f"there is no file {path!r}")
+    return found
 
 
-def download(url: str, local: Path) -> Path:
-    """Copy a remote folder to this disk.
+def list_names(folder: str) -> set[str]:
+    """The names of what is in a local or remote folder; of a remote one, with what is in its sub-folders.
 
     Raises:
-        UserError: it cannot be read, or is empty.
+        UserError: there is none, or it cannot be read.
     """
-    remote = RemoteFolder(url)
-    try:
-        names = remote.list()
-        for name in names:
-            (local / name).parent.mkdir(parents=True, exist_ok=True)
-            remote.download(name, local / name)
-    except Exception as error:
-        raise UserError(f"cannot read {url}: {reason(error)}") from error
-    if not names:
-        raise UserError(f"there is nothing in {url}")
-    return local
+    if is_remote(folder):
+        with saying(f"cannot read {folder}"):
+            names = set(RemoteFolder(folder).list())
+        if not names:
+            raise UserError(f"there is nothing in {folder}")
+        return names
+    if not os.path.isdir(folder):
+        what = f"{folder!r} is a file of no known kind" if os.path.exists(folder) else f"there is no folder {folder!r}"
+        raise UserError(f"{what}; {WOULD_DO}")
+    with saying(f"cannot read {folder}"):
+        return set(os.listdir(folder))
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
@@ -102,6 +102,11 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{name} is damaged: it holds a {type(content).__name__}, not a mapping")
     return content
+
+
+def first_of(names: set[str]) -> str:
+    """The first four of these names, for a message."""
+    return ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
 
 
 @contextmanager
@@ -155,21 +160,17 @@ def _is_export(folder: Path) -> bool:
 @contextmanager
 def _uploaded(out: str, scratch: Path, overwrite: bool) -> Iterator[Path]:
     remote, folder = RemoteFolder(out), scratch / "out"
-    try:
+    with saying(f"cannot read {out}"):
         before = set(remote.list())
         for name in before & {CONFIG, CARD}:
             remote.download(name, scratch / name)
-    except Exception as error:
-        raise UserError(f"cannot read {out}: {reason(error)}") from error
     _check_replaceable(out, {name.split("/")[0] for name in before}, scratch, overwrite)
     remote.check_writable("OUT")
     folder.mkdir()
     yield folder
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    try:
+    with saying(f"cannot write to {out}"):
         for name in sorted(names, key=lambda name: name == CONFIG):  # what is read first comes last
             remote.upload(folder / name, name)
         if stale := before - set(names):
             remote.delete(stale) if can_delete(out) else None
-    except Exception as error:
-        raise UserError(f"cannot write to {out}: {reason(error)}") from error

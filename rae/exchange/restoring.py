@@ -17,8 +17,9 @@ from rae.config.registry import find, import_plugins
 from rae.config.sections import Config, Model
 from rae.exchange import exports
 from rae.exchange.opened import Source
+from rae.exchange.places import local_file
 from rae.survival.checkpoints import CONFIG, METRICS, DamagedError, age, check_whole, in_form, refused, without_code
-from rae.survival.storage import RemoteFolder, is_remote, reason
+from rae.survival.storage import is_remote, reason
 
 _PUBLISHED = "a published decoder; make an export of it with `python -m rae import`"
 
@@ -70,12 +71,7 @@ def open_file(source: str, weights: str, overrides: list[str], scratch: Path) ->
     parent, name = split_path(source)
     local = Path(source)
     if is_remote(source):
-        local = scratch / name
-        for file in (name, CONFIG):
-            try:
-                RemoteFolder(parent).download(file, scratch / file)
-            except Exception as error:
-                raise UserError(f"cannot read {parent}/{file}: {reason(error)}") from error
+        local, _ = (local_file(f"{parent}/{file}", scratch) for file in (name, CONFIG))
     try:
         check_whole(local)
     except DamagedError as error:

@@ -1,7 +1,6 @@
 """Models opened from whatever holds one: runs, checkpoints, configurations, exports; local or in a bucket."""
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +29,7 @@ from rae.survival.checkpoints import (
     is_name,
     list_checkpoints,
 )
-from rae.survival.storage import RemoteFolder, is_remote, reason
+from rae.survival.storage import is_remote, reason, saying
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ def _open(source: str, weights: str, overrides: list[str], scratch: Path, import
         return _open_yaml(source, weights, overrides, scratch)
     if places.may_be_on_hub(source):
         return _open_export(source, weights, overrides, scratch, imports)
-    names = list_names(source)
+    names = places.list_names(source)
     if is_name(name):
         listed = [checkpoint for checkpoint in _listed(parent) if checkpoint.name == name]
         return _open_newest([(parent, each) for each in listed], source, weights, overrides, scratch)
@@ -120,44 +119,17 @@ def _open(source: str, weights: str, overrides: list[str], scratch: Path, import
     raise UserError(f"{source}: {_what_it_is(names)}")
 
 
-def list_names(folder: str) -> set[str]:
-    """The names of what is in a local or remote folder; of a remote one, with what is in its sub-folders.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    try:
-        names = RemoteFolder(folder).list() if is_remote(folder) else os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        names = []
-        if not is_remote(folder):
-            missing = isinstance(error, FileNotFoundError)
-            what = f"there is no folder {folder!r}" if missing else f"{folder!r} is a file of no known kind"
-            raise UserError(f"{what}; give a run's folder, a checkpoint, a YAML or an export") from None
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot read {folder}: {reason(error)}") from error
-    if is_remote(folder) and not names:
-        raise UserError(f"there is nothing in {folder}")
-    return set(names)
-
-
 def _what_it_is(names: set[str]) -> str:
-    would_do = "give a run's folder, a checkpoint, a YAML or an export"
     if "index.json" in names:
-        return f"a data set, not an autoencoder; {would_do}"
+        return f"a data set, not an autoencoder; {places.WOULD_DO}"
     if "model.pt" in names:
         return _PUBLISHED
-    found = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "") if names else "nothing"
-    return f"no autoencoder: the folder holds {found}; {would_do}"
+    return f"no autoencoder: the folder holds {places.first_of(names) or 'nothing'}; {places.WOULD_DO}"
 
 
 def _listed(folder: str) -> list[Listed]:
-    try:
+    with saying(f"cannot list the checkpoints in {folder}"):
         return list_checkpoints(folder)
-    except Exception as error:
-        raise UserError(f"cannot list the checkpoints in {folder}: {reason(error)}") from error
 
 
 def _open_run(source: str, weights: str, overrides: list[str], scratch: Path) -> Source:

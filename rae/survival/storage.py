@@ -19,7 +19,8 @@ from rae.config.errors import UserError
 
 # S3: an unreachable server is to be found in seconds; uploads are tried again above this.
 _S3_CLIENT = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 3}}
-_S3_SETTINGS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_REGION")
+_S3_SETTINGS = [f"AWS_{name}" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE")]
+_S3_SETTINGS += ["AWS_DEFAULT_REGION", "S3_ENDPOINT_URL"]
 _DELETABLE = ("s3", "gs")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REASONS = {  # what S3's servers and boto3 say -> what that means to the user
@@ -48,6 +49,17 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+@contextlib.contextmanager
+def saying(fault: str) -> Iterator[None]:
+    """A store's errors in here are the user's to mend, in a line: ``fault``, and what the error means."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{fault}: {reason(error)}") from error
+
+
 def can_delete(url: str) -> bool:
     """Whether objects of this kind of store can be deleted here."""
     return urlparse(url).scheme in _DELETABLE
@@ -67,7 +79,8 @@ class RemoteFolder:
         self.url = url.rstrip("/")
         parts = urlparse(self.url)
         self.prefix = f"{parts.path.strip('/')}/" if parts.path.strip("/") else ""
-        self.store = _open_store(self.url, parts.scheme, parts.netloc)
+        with saying(self.url):
+            self.store = _store(parts.scheme, parts.netloc, os.getpid(), *map(os.environ.get, _S3_SETTINGS))
 
     def list(self) -> list[str]:
         """Names of all objects below the folder."""
@@ -125,14 +138,10 @@ class RemoteFolder:
         with tempfile.TemporaryDirectory() as folder:
             written, read = Path(folder, "written"), Path(folder, "read")
             written.write_bytes(os.urandom(16))
-            try:
+            with saying(f"{where}: cannot write to {self.url}"):
                 self.upload(written, name)
-            except Exception as error:
-                raise UserError(f"{where}: cannot write to {self.url}: {reason(error)}") from error
-            try:
+            with saying(f"{where}: can write to {self.url} but not read"):
                 self.download(name, read)
-            except Exception as error:
-                raise UserError(f"{where}: can write to {self.url} but not read: {reason(error)}") from error
             if read.read_bytes() != written.read_bytes():
                 raise UserError(f"{where}: {self.url} gives back other bytes than were written")
         if can_delete(self.url):
@@ -145,11 +154,23 @@ class RemoteFolder:
         Raises:
             UserError: what is wrong, in a line.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                self.download(name, Path(folder, "read"))
-            except Exception as error:
-                raise UserError(f"{where}: cannot read {self.url}/{name}: {reason(error)}") from error
+        with tempfile.TemporaryDirectory() as folder, saying(f"{where}: cannot read {self.url}/{name}"):
+            self.download(name, Path(folder, "read"))
+
+
+def on_disk(path: str, local: Path) -> Path | None:
+    """Where a file, local or a URL, is on this disk: itself, or downloaded to ``local``; None if there is no such file.
+
+    Raises:
+        UserError: the store cannot be reached, or refuses.
+    """
+    if not is_remote(path):
+        return Path(path) if os.path.isfile(path) else None
+    folder, _, name = path.rpartition("/")
+    with saying(f"cannot read {path}"), contextlib.suppress(FileNotFoundError):
+        RemoteFolder(folder).download(name, local)
+        return local
+    return None
 
 
 @contextlib.contextmanager
@@ -167,15 +188,13 @@ def written(out: str, where: str) -> Iterator[Path]:
     if not name or os.path.isdir(out):
         raise UserError(f"{where}: {out!r} is a folder; give a file's name")
     fault = f"{where}: cannot write {out}"
-    if "://" in out:
+    if is_remote(out):
         remote = RemoteFolder(folder)
         remote.check_writable(where)
         with tempfile.TemporaryDirectory(prefix="rae-") as scratch:
             yield Path(scratch, name)
-            try:
+            with saying(fault):
                 remote.upload(Path(scratch, name), name)
-            except Exception as error:
-                raise UserError(f"{fault}: {reason(error)}") from error
         return
     with _scratch_beside(Path(out), fault) as beside:
         yield beside / name
@@ -225,25 +244,17 @@ def _scratch_beside(place: Path, fault: str) -> Iterator[Path]:
 
 
 @functools.lru_cache(8)
-def _s3_store(bucket: str, process: int, *settings: str) -> Any:
+def _store(scheme: str, bucket: str, process: int, *settings: str | None) -> Any:
     """A client, which takes tenths of a second to make. It is not used by forked processes, nor with other settings."""
-    from composer.utils import S3ObjectStore
+    from composer.utils import S3ObjectStore, maybe_create_object_store_from_uri  # heavy: only when there is a bucket
 
-    return S3ObjectStore(bucket, client_config=dict(_S3_CLIENT))
-
-
-def _open_store(url: str, scheme: str, bucket: str) -> Any:
-    from composer.utils import maybe_create_object_store_from_uri  # heavy: only when there is a bucket
-
+    if scheme == "s3":
+        return S3ObjectStore(bucket, client_config=dict(_S3_CLIENT))
     try:
-        if scheme == "s3":
-            settings = (os.environ.get(name, "") for name in ("S3_ENDPOINT_URL", *_S3_SETTINGS))
-            return _s3_store(bucket, os.getpid(), *settings)
-        return maybe_create_object_store_from_uri(url)
+        return maybe_create_object_store_from_uri(f"{scheme}://{bucket}")
     except NotImplementedError as error:
-        raise UserError(f"{url}: {scheme}:// is no known kind of storage; s3, gs, oci and azure are") from error
-    except Exception as error:
-        raise UserError(f"{url}: {reason(error)}") from error
+        known = "s3, gs, oci and azure are"
+        raise UserError(f"{scheme}://{bucket}: {scheme}:// is no known kind of storage; {known}") from error
 
 
 def is_remote(path: str) -> bool:

@@ -10,8 +10,7 @@ from rae.exchange.inspection.report import Report
 from rae.exchange.inspection.runs import inspect_checkpoint, inspect_run
 from rae.exchange.inspection.shards import inspect_shards
 from rae.exchange.inspection.weights import inspect_export, inspect_file, inspect_tensor_file
-from rae.exchange.places import local_file
-from rae.exchange.sources import list_names
+from rae.exchange.places import first_of, list_names, local_file
 from rae.survival.checkpoints import CONFIG, METRICS, is_name, list_checkpoints
 from rae.survival.storage import is_remote
 
@@ -60,5 +59,4 @@ def _folder(path: str, verify: bool, scratch: Path) -> Report:
         or "checkpoints" in names
     ):
         return inspect_run(path, names, local, verify, scratch)
-    found = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
-    raise UserError(f"{path} holds nothing that is known here: {found or 'it is empty'}")
+    raise UserError(f"{path} holds nothing that is known here: {first_of(names) or 'it is empty'}")
