@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from streaming.base.dataset import _ShardState
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
 from rae.config.errors import UserError, first_line
 from rae.data.batcher import Batcher
@@ -191,18 +191,9 @@ def _check_present(folder: str, shard: Any) -> None:
             raise DataError(f"{fault}; restore it from a copy or convert again")
 
 
-class IndexedImages(Dataset):
-    """An :class:`ImageDataset` read by index, in order: what evaluation and pictures need."""
-
-    def __init__(self, images: ImageDataset, limit: int | None = None):
-        self.images = images
-        self.length = min(images.size, limit or images.size)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.images[index]
+def indexed(images: ImageDataset, limit: int | None = None) -> Subset:
+    """The data set, or its first images, read by index, in order: what evaluation and pictures need."""
+    return Subset(images, range(min(images.size, limit or images.size)))
 
 
 def open_dataset(path: str, cache: str | Path, **kwargs: Any) -> ImageDataset:
@@ -233,7 +224,5 @@ def open_stream(path: str, cache: str | Path, **weight: Any) -> ImageStream:
     Args:
         weight: one of proportion, repeat and choose, or nothing.
     """
-    given = {name: value for name, value in weight.items() if value is not None}
-    if is_remote(path):
-        return ImageStream(remote=path, local=str(cache), **given)
-    return ImageStream(local=path, **given)
+    remote = {"remote": path, "local": str(cache)} if is_remote(path) else {"local": path}
+    return ImageStream(**remote, **weight)

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from rae.config.errors import UserError, first_line
-from rae.data.dataset import ImageDataset, IndexedImages, open_dataset, opening
+from rae.data.dataset import ImageDataset, open_dataset, opening
 from rae.data.decoding import eval_transform
 from rae.data.listing import ImageFolder, is_image, list_images
 from rae.data.loaders import start_worker
@@ -42,12 +42,11 @@ class _OneImage:
 class _Files(Dataset):
     """Image files as crops; see :func:`open_images`."""
 
-    def __init__(self, source: ImageFolder | _OneImage, place: str, image_size: int, limit: int | None):
+    def __init__(self, source: ImageFolder | _OneImage, place: str, image_size: int):
         self.source, self.place, self.transform = source, place, eval_transform(image_size)
-        self.length = min(len(source), limit or len(source))
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = f"number {index}"
@@ -62,15 +61,15 @@ class _Files(Dataset):
 class _Shards(Dataset):
     """MDS shards as crops; see :func:`open_images`."""
 
-    def __init__(self, images: ImageDataset, image_size: int, limit: int | None, cache: Any):
-        self.images, self.image_size, self.cache = IndexedImages(images, limit), image_size, cache
+    def __init__(self, dataset: ImageDataset, image_size: int, cache: Any):
+        self.dataset, self.image_size, self.cache = dataset, image_size, cache
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.dataset.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            sample = self.images[index]
+            sample = self.dataset[index]
         except BadSampleError as error:
             raise DataError(str(error)) from error
         if sample["image"].shape[1:] != (self.image_size, self.image_size):  # stored beside latents, as a crop
@@ -99,18 +98,22 @@ def open_images(path: str, image_size: int, cache: str | Path | None = None, lim
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, not {limit}")
-    path = path.rstrip("/") or path[:1]
+    images = _open(path.rstrip("/") or path[:1], image_size, cache)
+    return Subset(images, range(min(limit, len(images)))) if limit else images
+
+
+def _open(path: str, image_size: int, cache: str | Path | None) -> _Files | _Shards:
     if _holds_shards(path):
-        return _open_shards(path, image_size, cache, limit)
+        return _open_shards(path, image_size, cache)
     if is_image(path) and not os.path.isdir(path):
         if not is_remote(path) and not os.path.isfile(path):
             raise UserError(f"there is no image {path!r}")
-        return _Files(_OneImage(path), path.rpartition("/")[0] or ".", image_size, limit)
+        return _Files(_OneImage(path), path.rpartition("/")[0] or ".", image_size)
     if os.path.isfile(path):
         raise UserError(f"{path!r} is no image of a known format")
     if _is_run(path):
         raise UserError(f"{path!r} is a run's folder, whose pictures are its own; give the images that it is to see")
-    return _Files(list_images(path, True), path, image_size, limit)
+    return _Files(list_images(path, True), path, image_size)
 
 
 def _holds_shards(path: str) -> bool:
@@ -131,14 +134,14 @@ def _is_run(path: str) -> bool:
         return False
 
 
-def _open_shards(path: str, image_size: int, cache: str | Path | None, limit: int | None) -> Dataset:
+def _open_shards(path: str, image_size: int, cache: str | Path | None) -> _Shards:
     temporary = tempfile.TemporaryDirectory(prefix="rae-shards-") if cache is None and is_remote(path) else None
     local = of_first_rank(str(cache or (temporary.name if temporary else "")))  # Streaming wants the same on all
     with opening([local if is_remote(path) else path], f"cannot open {path!r}"):
         images = open_dataset(path, local, transform=eval_transform(image_size), seed=0)
     if any("image" not in shard.column_names for shard in images.shards):
         raise UserError(f"{path!r} holds latents without images")
-    return _Shards(images, image_size, limit, temporary)
+    return _Shards(images, image_size, temporary)
 
 
 def batches(images: Dataset, batch_size: int, workers: int, title: str = "") -> Iterator[dict[str, Any]]:

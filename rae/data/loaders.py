@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from rae.config.errors import RankError, UserError
 from rae.data.batcher import Batcher
-from rae.data.dataset import ImageDataset, IndexedImages
+from rae.data.dataset import ImageDataset, indexed
 from rae.survival.processes import follow_parent, heed_parent_alone
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def eval_loader(
         noise_tau: with it, batches ask for latents with fixed noise of this level (``noise_tau``: (B,)).
     """
     dataset.replace_bad = True
-    images = IndexedImages(dataset, limit)
+    images = indexed(dataset, limit)
     sampler = DistributedSampler(images, num_replicas=world_size, rank=rank, shuffle=False)
     loader = _EvalLoader(images, sampler=sampler, **_loader_options(batch_size, workers, prefetch, Batcher(batch_size)))
     loader.ledger, loader.noise_tau = ledger or Ledger(), noise_tau

@@ -1,5 +1,6 @@
 """Autoencoders measured on the same images, side by side."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,13 +8,16 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchmetrics import Metric
 
+from rae.autoencoder.layers import fixed_latent_noise
+from rae.autoencoder.rae import RAE, quantize, to_float
 from rae.config.arguments import check_plugin
 from rae.config.errors import UserError
-from rae.evaluation.frechet import Reference
-from rae.evaluation.measurement import evaluate, refer
+from rae.data.images import batches
+from rae.evaluation.frechet import Reference, refer
 from rae.evaluation.metrics import OFFLINE, Better, Metrics, build_metrics, build_or_substitute, verdict, within
 from rae.exchange.opened import Source
 from rae.exchange.sources import open_discriminator
@@ -46,6 +50,44 @@ class Evaluated:
             for tau, figures in self.figures.items()
         }
         return {"name": self.label, "source": self.source, **self.about, "noise_tau": levels}
+
+
+@torch.no_grad()
+def evaluate(
+    rae: RAE,
+    images: Dataset,
+    metrics: Metrics,
+    taus: Iterable[float] = (0.0,),
+    batch_size: int = 32,
+    workers: int = 0,
+    title: str = "",
+) -> dict[float, dict[str, float]]:
+    """Reconstruct images, from latents with fixed noise of each level, and compute every metric over all ranks.
+
+    Args:
+        rae: in eval mode; the metrics go to its device.
+        images: see :func:`rae.data.images.open_images`.
+        metrics: by name; they are copied for each level.
+        taus: noise levels; 0 is the clean latent.
+        title: see :func:`batches`.
+
+    Returns:
+        figures by name, for each level.
+    """
+    device = next(rae.parameters()).device
+    each = {tau: {name: metric.to(device) for name, metric in copy.deepcopy(metrics).items()} for tau in taus}
+    for batch in batches(images, batch_size, workers, title):
+        image = to_float(batch["image"].to(device))
+        tokens = rae.clean_tokens(image)
+        for tau, measured in each.items():
+            recon = quantize(rae.decode(rae.latent_of(_noised(tokens, tau, batch["index"]))))
+            for metric in measured.values():
+                metric.update(recon, image)
+    return {tau: {name: float(metric.compute()) for name, metric in measured.items()} for tau, measured in each.items()}
+
+
+def _noised(tokens: Tensor, tau: float, index: Tensor) -> Tensor:
+    return fixed_latent_noise(tokens, torch.full((len(tokens),), tau), index) if tau else tokens
 
 
 def evaluate_source(

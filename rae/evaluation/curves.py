@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from rae.config.errors import UserError
+from rae.survival.storage import written
 
 PANELS = {  # title -> names in metrics.jsonl
     "reconstruction losses": ["loss/train/total", "loss/train/l1", "loss/train/perceptual", "loss/train/lpips"],
@@ -62,10 +63,8 @@ def plot(run_dir: str) -> Path:
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     out = Path(run_dir) / "curves.png"
-    try:
-        figure.savefig(out, dpi=90)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    with written(str(out), run_dir) as path:
+        figure.savefig(path, dpi=90)
     return out
 
 

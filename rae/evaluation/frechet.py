@@ -4,23 +4,24 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from rae.autoencoder.backbones import TimmFeatures, read_state_dict, weight_file
+from rae.autoencoder.backbones import TimmFeatures, read_state_dict, save_state_dict, weight_file
 from rae.config.errors import UserError
 from rae.config.registry import register
+from rae.data.dataset import ImageDataset
+from rae.data.shards import content_hash
 from rae.evaluation.metrics import Shared
-from rae.survival.processes import rank
+from rae.survival.processes import of_first_rank, rank
+from rae.survival.storage import written
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +38,7 @@ class Reference:
 
     def __init__(self, count: int, path: Path | None = None):
         self.count, self.path = count, path
-        told = [_read_moments(path) if path and rank() == 0 else None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(told, src=0)
-        self.moments: dict[str, Tensor] | None = told[0]
+        self.moments: dict[str, Tensor] | None = of_first_rank(_read_moments(path) if path and rank() == 0 else None)
         self.owner: Metric | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Reference":
@@ -57,22 +55,20 @@ class Reference:
         """Keep moments over all ranks; the first rank writes the file, wholly or not at all."""
         if int(moments["count"]) != self.count or not moments["outer"].isfinite().all():
             return
-        self.moments = {name: tensor.cpu().contiguous() for name, tensor in moments.items()}
+        self.moments = {name: tensor.cpu() for name, tensor in moments.items()}
         if self.path is None or rank() != 0:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
-                save_file(self.moments, f"{folder}/moments")
-                os.replace(f"{folder}/moments", self.path)
-        except OSError as error:
-            log.warning("cannot keep reference moments in %s: %s (RAE_CACHE names another folder)", self.path, error)
+            with written(str(self.path), "reference moments") as file:
+                save_state_dict(self.moments, file)
+        except UserError as error:
+            log.warning("%s (RAE_CACHE names another folder)", error)
 
 
 def _read_moments(path: Path) -> dict[str, Tensor] | None:
     try:
-        moments = load_file(path)
-    except (OSError, SafetensorError):
+        moments = read_state_dict(path)
+    except UserError:
         return None
     return moments if moments.keys() == {"sum", "outer", "count"} else None
 
@@ -155,6 +151,34 @@ class FrechetDistance(FrechetInceptionDistance):
         if key not in known:
             known[key] = Reference(count, reference_folder() / f"{key}.safetensors" if in_file else None)
         self.reference = known[key]
+
+
+def refer(
+    metrics: Iterable[Metric], images: Dataset, place: str, image_size: int, device: str, known: dict[str, Reference]
+) -> None:
+    """Let Fréchet distances use the moments of these originals, if they are known. A collective call.
+
+    Args:
+        images: all that are evaluated.
+        place: where they are; stands for them in this process where there is no hash of them.
+        device: the kind of device, ``cpu`` or ``cuda``.
+        known: see :meth:`FrechetDistance.refer`.
+    """
+    content = _hash_of(images)
+    data = json.dumps([content or place, image_size, device])
+    for metric in metrics:
+        if isinstance(metric, FrechetDistance):
+            metric.refer(data, len(images), known, in_file=content is not None)  # type: ignore[arg-type]
+
+
+def _hash_of(images: Any) -> str | None:
+    """A hash of a data set's content: of shards, where their index has hashes of them; otherwise None."""
+    while hasattr(images, "dataset"):
+        images = images.dataset
+    if not isinstance(images, ImageDataset):
+        return None
+    hashes = [shard.raw_data.hashes for shard in images.shards]
+    return content_hash([{"raw_data": {"hashes": each}} for each in hashes]) if all(hashes) else None
 
 
 def _gaussian(moments: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,10 @@ from rae.evaluation.reconstruction import (
     ORIGINALS,
     RECONSTRUCTIONS,
     Record,
-    Summary,
     folder_of,
     higher_is_better,
     summarize,
+    worst_first,
 )
 
 SIDE = 256
@@ -30,28 +30,6 @@ QUALITY = 90
 """Of their WebP encoding."""
 _BARS = 32
 _LABELS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "feature_distance": "Feature distance"}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What the page says of a figure: texts, and the heights of a histogram's bars from 0 to 1."""
-
-    place: int
-    key: str
-    name: str
-    noise: str
-    view: str
-    label: str
-    unit: str
-    higher: bool
-    mean: str
-    median: str
-    worst: str
-    worst_name: str
-    worst_card: int | None
-    low: str
-    high: str
-    bars: list[float]
 
 
 @dataclass(frozen=True)
@@ -88,12 +66,13 @@ def write_gallery(
     views = _views(taus)
     metrics = _metrics(records, chosen, views)
     size = Image.open(folder / ORIGINALS / records[0].file).width
+    lead = [f"{about['weights']} weights", about["trained"], f"{size} × {size} pixels", about["date"]]
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("gallery.html")
     page = template.stream(
         title=title,
-        lead=_lead(about, size),
+        lead=lead,
         facts=about.items(),
         note=_note(len(chosen), len(records), size),
         metrics=metrics,
@@ -103,10 +82,10 @@ def write_gallery(
         side=min(size, SIDE),
         folders_shown=any("/" in records[i].name for i in chosen),
         pixelated=size < SIDE // 2,
-        higher=[metric.key for metric in metrics if metric.higher],
+        higher=[metric["key"] for metric in metrics if metric["higher"]],
         labels={view.key: view.label for view in views},
         folders={view.key: view.folder for view in views},
-        attributes={metric.key: f"m{i}" for i, metric in enumerate(metrics)},
+        attributes={metric["key"]: f"m{i}" for i, metric in enumerate(metrics)},
         cards=_cards(folder, [records[i] for i in chosen], views),
     )
     with open(path, "wb") as file:
@@ -121,7 +100,7 @@ def choose(records: Sequence[Record], most: int) -> list[int]:
     """
     if len(records) <= most:
         return list(range(len(records)))
-    rankings = [_worst_first(records, name) for name in records[0].figures]
+    rankings = [worst_first(records, name) for name in records[0].figures]
     turns = (index for row in zip(*rankings, strict=True) for index in row)
     chosen: dict[int, None] = {}
     for index in turns:
@@ -131,14 +110,6 @@ def choose(records: Sequence[Record], most: int) -> list[int]:
     rest = [index for index in rankings[0] if index not in chosen]
     places = np.linspace(0, len(rest) - 1, most - len(chosen)).round().astype(int)
     return sorted([*chosen, *(rest[place] for place in places)])
-
-
-def _worst_first(records: Sequence[Record], figure: str) -> list[int]:
-    return sorted(range(len(records)), key=lambda i: records[i].figures[figure], reverse=not higher_is_better(figure))
-
-
-def _lead(about: Mapping[str, str], size: int) -> list[str]:
-    return [f"{about['weights']} weights", about["trained"], f"{size} × {size} pixels", about["date"]]
 
 
 def _views(taus: Sequence[float]) -> list[View]:
@@ -151,45 +122,36 @@ def _views(taus: Sequence[float]) -> list[View]:
     ]
 
 
-def _metrics(records: Sequence[Record], chosen: Sequence[int], views: Sequence[View]) -> list[Metric]:
+def _metrics(records: Sequence[Record], chosen: Sequence[int], views: Sequence[View]) -> list[dict[str, Any]]:
+    """What the page says of each figure: texts, and the heights of a histogram's bars from 0 to 1."""
     cards = {record: card for card, record in enumerate(chosen)}
     view_of = {view.folder: view.key for view in views}
-    return [
-        _metric(place, figure, total, records, cards, view_of)
-        for place, (figure, total) in enumerate(summarize(records).items())
-    ]
-
-
-def _metric(
-    place: int,
-    figure: str,
-    total: Summary,
-    records: Sequence[Record],
-    cards: dict[int, int],
-    view_of: dict[str, str],
-) -> Metric:
-    name, tau = split(figure)
-    values = np.array([record.figures[figure] for record in records])
-    values = values[np.isfinite(values)]
-    counts, edges = np.histogram(values, bins=_BARS) if len(values) else (np.zeros(_BARS), np.zeros(2))
-    return Metric(
-        place=place,
-        key=figure,
-        name=name,
-        noise=f"τ = {tau:g}" if tau else "",
-        view=view_of[folder_of(tau)],
-        label=_LABELS.get(name, name.replace("_", " ")),
-        unit="dB" if name == "psnr" else "",
-        higher=higher_is_better(name),
-        mean=text_of(name, total.mean),
-        median=text_of(name, total.median),
-        worst=text_of(name, records[total.worst].figures[figure]),
-        worst_name=records[total.worst].name,
-        worst_card=cards.get(total.worst),
-        low=text_of(name, edges[0]),
-        high=text_of(name, edges[-1]),
-        bars=[count / max(1, counts.max()) for count in counts.tolist()],
-    )
+    metrics: list[dict[str, Any]] = []
+    for figure, total in summarize(records).items():
+        name, tau = split(figure)
+        values = np.array([record.figures[figure] for record in records])
+        values = values[np.isfinite(values)]
+        counts, edges = np.histogram(values, bins=_BARS) if len(values) else (np.zeros(_BARS), np.zeros(2))
+        metric = {
+            "place": len(metrics),
+            "key": figure,
+            "name": name,
+            "noise": f"τ = {tau:g}" if tau else "",
+            "view": view_of[folder_of(tau)],
+            "label": _LABELS.get(name, name.replace("_", " ")),
+            "unit": "dB" if name == "psnr" else "",
+            "higher": higher_is_better(name),
+            "mean": text_of(name, total.mean),
+            "median": text_of(name, total.median),
+            "worst": text_of(name, records[total.worst].figures[figure]),
+            "worst_name": records[total.worst].name,
+            "worst_card": cards.get(total.worst),
+            "low": text_of(name, edges[0]),
+            "high": text_of(name, edges[-1]),
+            "bars": [count / max(1, counts.max()) for count in counts.tolist()],
+        }
+        metrics.append(metric)
+    return metrics
 
 
 def _note(shown: int, total: int, size: int) -> str:

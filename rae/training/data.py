@@ -12,8 +12,7 @@ from rae.data.dataset import ImageDataset, open_stream, opening
 from rae.data.decoding import eval_transform, train_transform
 from rae.data.loaders import Ledger, eval_loader, train_loader
 from rae.data.reader import ImageStream
-from rae.evaluation.frechet import Reference
-from rae.evaluation.measurement import refer
+from rae.evaluation.frechet import Reference, refer
 from rae.survival.processes import rank, world_size
 from rae.survival.storage import RemoteFolder
 
@@ -114,6 +113,6 @@ def refer_all(config: Config, trainer: Trainer) -> None:
     device = next(trainer.state.model.parameters()).device.type
     for evaluator in trainer.state.evaluators:
         images: Any = evaluator.dataloader.dataloader.dataset  # type: ignore[union-attr]
-        stream = images.images.streams[0]
+        stream = images.dataset.streams[0]
         metrics = trainer.state.eval_metrics[evaluator.label].values()
         refer(metrics, images, stream.remote or stream.local, config.data.image_size, device, known)
