@@ -21,8 +21,8 @@ from rae.config import registry
 from rae.config.arguments import build
 from rae.config.errors import UserError
 from rae.config.sections import Model
+from rae.exchange.exports import Source
 from rae.exchange.handover import export, import_from
-from rae.exchange.opened import Source
 from rae.exchange.places import new_folder
 from rae.exchange.sources import open_discriminator, open_source
 from rae.survival.checkpoints import CONFIG, METRICS, STATE, in_form, seal

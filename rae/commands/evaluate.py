@@ -26,6 +26,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from rae.commands.options import add_source_arguments, check_counts, loading_workers, pick_device
+from rae.config.errors import UserError
 
 if TYPE_CHECKING:
     from rae.evaluation.comparison import Evaluated
@@ -71,8 +72,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     import math
-
-    from rae.config.errors import UserError
 
     check_counts(arguments, "limit", "batch_size")
     for tau in arguments.tau:

@@ -4,6 +4,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from rae.config.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -39,7 +41,6 @@ def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True, w
 
 def check_counts(arguments: argparse.Namespace, *options: str) -> None:
     """Raise UserError for an option, by its attribute's name, that is given and less than 1."""
-    from rae.config.errors import UserError
 
     for option in options:
         value = getattr(arguments, option)
@@ -53,7 +54,6 @@ def loading_workers(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: it is negative.
     """
-    from rae.config.errors import UserError
 
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers must be 0 or more, not {arguments.workers}")
@@ -67,8 +67,6 @@ def pick_device(name: str | None = None) -> "torch.device":
         UserError: no such device.
     """
     import torch
-
-    from rae.config.errors import UserError
 
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

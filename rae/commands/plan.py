@@ -16,10 +16,12 @@ examples:
 """
 
 import argparse
+import json
 from pathlib import Path
-from typing import Any
 
+from rae.commands.options import check_counts
 from rae.config.errors import UserError
+from rae.survival.storage import written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,14 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=int, metavar="N", help="of an epoch, when the data cannot be reached here")
     parser.add_argument("--bench", type=Path, metavar="FILE", help="a benchmark (default: runs/bench/bench.json)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store all figures there")
+    parser.add_argument("--json", metavar="FILE", help="store all figures there; local or s3://…")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name, least in (("gpus", 1), ("images", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, not {value}")
+    check_counts(arguments, "gpus", "images")
     if not 0 < arguments.utilisation <= 1:
         raise UserError(f"--utilisation must be above 0 and at most 1, not {arguments.utilisation}")
     from rae.plan import Options, plan, show
@@ -55,14 +54,5 @@ def run(arguments: argparse.Namespace) -> None:
     found = plan(arguments.yaml, arguments.overrides, options)
     show(found)
     if arguments.json:
-        _store(found, arguments.json)
-
-
-def _store(found: dict[str, Any], path: Path) -> None:
-    import json
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--json: cannot write {path}: {error.strerror}") from error
+        with written(arguments.json, "--json") as path:
+            path.write_text(json.dumps(found, indent=2) + "\n")

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rae.commands.options import add_source_arguments, check_counts, loading_workers, pick_device
+from rae.config.errors import UserError
 
 if TYPE_CHECKING:
     from rae.evaluation.reconstruction import Record
-    from rae.exchange.opened import Source
+    from rae.exchange.exports import Source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +84,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from rae.config.errors import UserError
 
     check_counts(arguments, "limit", "batch_size", "gallery")
     loading_workers(arguments)
@@ -99,7 +99,6 @@ def _tell(line: str) -> None:
 
 
 def _tell_left_out(faults: list[str], total: int) -> None:
-    from rae.config.errors import UserError
 
     if len(faults) == total:
         raise UserError(f"none of the images could be read: {faults[0]}")

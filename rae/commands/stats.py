@@ -12,6 +12,7 @@ examples:
 import argparse
 
 from rae.commands.options import add_source_arguments, check_counts, loading_workers, pick_device
+from rae.config.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from rae.config.errors import UserError
     from rae.data.images import open_images
     from rae.exchange.latents import latent_statistics
     from rae.exchange.sources import open_encoder
@@ -63,7 +63,6 @@ def _check_replaceable(out: str) -> None:
     from pathlib import Path
 
     from rae.autoencoder.backbones import read_state_dict
-    from rae.config.errors import UserError
 
     if not os.path.isfile(out):
         return

@@ -228,19 +228,17 @@ def convert_splits(source: ImageSource, options: Options, val_fraction: float | 
 def report(summary: dict[str, Any], out: str) -> None:
     """Print what a conversion did as a table; what was left out, with reasons, as another."""
     console = Console(soft_wrap=True, highlight=False)
-    rate = summary["images"] / max(summary["seconds"], 0.01)
+    skipped, rate = summary["skipped"], summary["images"] / max(summary["seconds"], 0.01)
     console.print(f"{out}: {summary['images']:,} images, {len(summary['classes'])} classes")
     table = Table("", "", show_header=False)
-    table.add_row("images", f"{summary['images']:,}")
-    table.add_row("classes", f"{len(summary['classes']):,}")
-    table.add_row("bytes", f"{summary['bytes']:,}")
-    table.add_row("seconds", f"{summary['seconds']:,}")
-    table.add_row("images/s", f"{rate:,.0f}")
-    table.add_row("left out", f"{len(summary['skipped']):,}")
+    told = {name: summary[name] for name in ("images", "classes", "bytes", "seconds")}
+    told |= {"classes": len(summary["classes"]), "images/s": round(rate), "left out": len(skipped)}
+    for name, value in told.items():
+        table.add_row(name, f"{value:,}")
     console.print(table)
-    if summary["skipped"]:
-        console.print(f"left out {len(summary['skipped'])} unreadable:")
-        for skip in summary["skipped"][:20]:
+    if skipped:
+        console.print(f"left out {len(skipped)} unreadable:")
+        for skip in skipped[:20]:
             console.print(f"  {skip['path']}: {skip['reason']}", markup=False)
         console.print(f"all of it: {out}/{SUMMARY}")
 

@@ -1,9 +1,8 @@
 """Streamed image data: MDS shards to uint8 images, with augmentation that depends on (seed, epoch, sample) alone."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,11 +12,10 @@ from streaming.base.dataset import _ShardState
 from torch import Tensor
 from torch.utils.data import Subset
 
-from rae.config.errors import UserError, first_line
+from rae.config.errors import first_line
 from rae.data.batcher import Batcher
 from rae.data.decoding import Transform
 from rae.data.reader import BadSampleError, DataError, ImageStream, Shards, shard_fault, size_fault
-from rae.survival.processes import streaming_turn
 from rae.survival.storage import is_remote, reason
 
 
@@ -199,23 +197,6 @@ def indexed(images: ImageDataset, limit: int | None = None) -> Subset:
 def open_dataset(path: str, cache: str | Path, **kwargs: Any) -> ImageDataset:
     """An :class:`ImageDataset` on a local folder, or on a remote one through the local folder ``cache``."""
     return ImageDataset(streams=[open_stream(path, cache)], **kwargs)
-
-
-@contextmanager
-def opening(folders: Iterable[str], fault: str) -> Iterator[None]:
-    """Data sets are opened in here; see :func:`rae.survival.processes.streaming_turn`.
-
-    Args:
-        fault: what the message begins with when one cannot be opened.
-
-    Raises:
-        UserError: Streaming's errors.
-    """
-    try:
-        with streaming_turn(folders):
-            yield
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{fault}: {first_line(error)}") from error
 
 
 def open_stream(path: str, cache: str | Path, **weight: Any) -> ImageStream:

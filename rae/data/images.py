@@ -12,13 +12,13 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from rae.config.errors import UserError, first_line
-from rae.data.dataset import ImageDataset, open_dataset, opening
+from rae.data.dataset import ImageDataset, open_dataset
 from rae.data.decoding import eval_transform
 from rae.data.listing import ImageFolder, is_image, list_images
 from rae.data.loaders import start_worker
 from rae.data.reader import BadSampleError, DataError
 from rae.data.shards import INDEX
-from rae.survival.processes import of_first_rank, rank, world_size
+from rae.survival.processes import of_first_rank, opening, rank, world_size
 from rae.survival.storage import is_remote, on_disk
 
 

@@ -48,12 +48,11 @@ class ImageFolder:
 
     Args:
         skip_empty_classes: leave out folders without images instead of refusing them.
-        classes: number the classes so; by default as the folders sort.
     """
 
     remote = False
 
-    def __init__(self, root: str, skip_empty_classes: bool = False, classes: list[str] | None = None):
+    def __init__(self, root: str, skip_empty_classes: bool = False):
         self.root, self.names, found, empty = root, Names(), set(), []
         for name, holds_images in self.list():
             if holds_images is None:
@@ -69,7 +68,7 @@ class ImageFolder:
                 f"{len(empty)} folder{'s' if len(empty) > 1 else ''} below {root!r} without images: "
                 f"{', '.join(empty[:5])}; remove them, or leave them out with --skip-empty-classes"
             )
-        self.classes = classes or sorted(_text(folder) or "." for folder in found)
+        self.classes = sorted(_text(folder) or "." for folder in found)
         self.labels = {name: label for label, name in enumerate(self.classes)}
         self.fingerprint = self.names.hash.hexdigest()
 
@@ -97,12 +96,12 @@ class ImageBucket(ImageFolder):
 
     remote = True
 
-    def __init__(self, root: str, *arguments: Any):
+    def __init__(self, root: str, skip_empty_classes: bool = False):
         url = urllib.parse.urlparse(root)
         if url.scheme != "s3":
             raise UserError(f"{root!r}: images can be read from a local folder or from s3://")
         self.bucket, self.prefix = url.netloc, url.path.strip("/") + "/" if url.path.strip("/") else ""
-        super().__init__(root, *arguments)
+        super().__init__(root, skip_empty_classes)
 
     def list(self) -> Iterator[tuple[bytes, bool | None]]:
         try:
@@ -166,6 +165,6 @@ def _walk(root: bytes, folder: bytes, above: tuple[tuple[int, int], ...]) -> Ite
     yield folder, holds
 
 
-def list_images(root: str, *arguments: Any) -> ImageFolder:
+def list_images(root: str, skip_empty_classes: bool = False) -> ImageFolder:
     """An :class:`ImageFolder`, or an :class:`ImageBucket` for a URL."""
-    return ImageBucket(root, *arguments) if is_remote(root) else ImageFolder(root, *arguments)
+    return (ImageBucket if is_remote(root) else ImageFolder)(root, skip_empty_classes)

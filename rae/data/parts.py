@@ -6,7 +6,6 @@ work that was interrupted goes on with the parts that have none. ``index.json`` 
 
 import collections
 import concurrent.futures
-import contextlib
 import json
 import multiprocessing
 import os
@@ -154,7 +153,7 @@ class PartWriter:
     """
 
     def __init__(self, job: Job, part: int, columns: dict[str, str]):
-        self.place, self.part = job.place, part
+        self.place, self.part, self.file = job.place, part, f"{job.place.out}/shard.{part:05}.mds"
         self.folder = tempfile.TemporaryDirectory(dir=self.place.scratch(), prefix=f"part{part:06}-")
         self.writer = MDSWriter(
             out=self.folder.name,
@@ -166,11 +165,8 @@ class PartWriter:
 
     def write(self, sample: dict[str, Any]) -> None:
         """Add a sample."""
-        with self._naming():
+        with naming(self.file):
             self.writer.write(sample)
-
-    def _naming(self) -> contextlib.AbstractContextManager[None]:
-        return naming(f"{self.place.out}/shard.{self.part:05}.mds")
 
     def __enter__(self) -> "PartWriter":
         return self
@@ -182,7 +178,7 @@ class PartWriter:
     def finish(self, **record: Any) -> dict[str, Any]:
         """Move the shards to their place and write the record, which is returned."""
         if self.writer.new_samples:
-            with self._naming():
+            with naming(self.file):
                 self.writer.flush_shard()
         # Before a sample that is larger than a shard, the writer leaves an empty one.
         shards = [shard for shard in self.writer.shards if shard["samples"]]

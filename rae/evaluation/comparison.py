@@ -19,7 +19,7 @@ from rae.config.errors import UserError
 from rae.data.images import batches
 from rae.evaluation.frechet import Reference, refer
 from rae.evaluation.metrics import OFFLINE, Better, Metrics, build_metrics, build_or_substitute, verdict, within
-from rae.exchange.opened import Source
+from rae.exchange.exports import Source
 from rae.exchange.sources import open_discriminator
 
 

@@ -108,11 +108,8 @@ def model_card(
         if isinstance(values, dict)
     }
     included = includes_encoder(about.model) if includes is None else includes
-    loading, tags, told = (
-        "other",
-        list[str](),
-        dict[str, Any](facts={"model": plugin_text(about.model)}, encoder_name=""),
-    )
+    loading, tags = "other", None
+    told: dict[str, Any] = {"facts": {"model": plugin_text(about.model)}, "encoder_name": ""}
     if isinstance(network, RAE) and isinstance(about.model, Model):
         loading, tags = layout, ["representation-autoencoder", "image-reconstruction"]
         told = _autoencoder(network, about.model, included)
@@ -120,7 +117,7 @@ def model_card(
     card = ModelCard.from_template(
         ModelCardData(
             library_name="diffusers" if layout == "diffusers" else "rae",
-            tags=tags or None,
+            tags=tags,
             base_model=told["encoder_name"] if may_be_on_hub(told["encoder_name"]) else None,
         ),
         template_str=_TEMPLATE.replace("LOADING", _LOADING[loading]).replace("OPENING", OPENING),

@@ -21,7 +21,7 @@ from rae.config.errors import UserError
 from rae.config.loading import validated
 from rae.config.registry import find
 from rae.config.sections import DecoderSizes, Model, PositiveInt, Section
-from rae.exchange.exports import decoder_sizes, write_json
+from rae.exchange.exports import Source, decoder_sizes, write_json
 from rae.exchange.places import CONFIG, ENCODER, read_json
 from rae.exchange.published import SIZE_KEYS
 
@@ -183,7 +183,7 @@ def _refusal(why: str) -> UserError:
     return UserError(f"diffusers' {CLASS} cannot express this autoencoder: {why}; export it as rae or published")
 
 
-def read(folder: Path, name: str, scratch: Path) -> tuple[RAE, Model, int]:
+def read(folder: Path, name: str, scratch: Path) -> Source:
     """The autoencoder of a diffusers folder.
 
     Args:
@@ -191,7 +191,7 @@ def read(folder: Path, name: str, scratch: Path) -> tuple[RAE, Model, int]:
         scratch: local folder, in which its encoder is written as transformers saves one.
 
     Returns:
-        it, its settings (which name its encoder as an export does that includes it), and the side of its images.
+        it, with settings that name its encoder as an export does that includes it.
 
     Raises:
         UserError: files that are missing, damaged or do not fit each other.
@@ -217,7 +217,8 @@ def read(folder: Path, name: str, scratch: Path) -> tuple[RAE, Model, int]:
     rae = RAE(encoder, decoder, settings.noise_tau).eval()
     _set_scale(rae, rest, settings.scaling_factor, name)
     entry = {str(settings.encoder_type): {"pretrained": ENCODER, "input_size": settings.encoder_input_size}}
-    return rae, Model(encoder=entry, decoder=sizes, noise_tau=settings.noise_tau), image_size
+    model = Model(encoder=entry, decoder=sizes, noise_tau=settings.noise_tau)
+    return Source(rae, image_size, name.rpartition("/")[2], "given", model)
 
 
 def _read_settings(folder: Path, name: str) -> Settings:

@@ -1,4 +1,4 @@
-"""Exported models: a folder with weights and their own configuration, written and read.
+"""Models with what is known of them, and their exports: folders with weights and their own configuration.
 
 ``config.json`` says how to build the model, ``model.safetensors`` holds what it trained; of an autoencoder that is its
 decoder, and the latent statistics. Its frozen encoder is named, by hub id or path, or lies beside them in ``encoder/``.
@@ -6,6 +6,7 @@ decoder, and the latent statistics. Its frozen encoder is named, by hub id or pa
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from rae.config.arguments import build, check_plugin
 from rae.config.errors import UserError
 from rae.config.loading import override, validated
 from rae.config.registry import find, import_plugins, plugins
-from rae.config.sections import AnyModel, DecoderSizes, Model, Section
+from rae.config.sections import AnyModel, Config, DecoderSizes, Model, Section
 from rae.exchange.places import CONFIG, ENCODER, WEIGHTS, local_folder, read_json
 
 
@@ -44,6 +45,51 @@ class Exported(Section):
     """How far the run was: epoch and batch."""
     figures: dict[str, Any] = Field(default_factory=dict)
     """Its last evaluation, if it was of these weights."""
+
+
+@dataclass
+class Source:
+    """A model to work with, and what is known of it.
+
+    Args:
+        network: its plain module, in eval mode, on the device.
+        image_size: side of the image that it makes.
+        name: short, for tables, captions and file names.
+        weights: which these are: ``ema``, ``live``, or ``given`` where there was no choice and no telling.
+        model: its settings, as in a configuration's ``model``.
+        config: of the run that made it, if that is known.
+        imports: the user's plugin files or modules that it needs.
+        trained: how far the run was, ``epoch`` and ``batch``.
+        figures: the run's last evaluation, if it was of this moment and these weights: by data set and metric.
+        discriminator: the discriminator's trained weights, if there are any.
+    """
+
+    network: nn.Module
+    image_size: int
+    name: str
+    weights: str
+    model: Model | dict[str, Any]
+    config: Config | None = None
+    imports: list[str] = field(default_factory=list)
+    trained: dict[str, int] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    discriminator: dict[str, Tensor] | None = None
+
+    @property
+    def rae(self) -> RAE:
+        """The autoencoder.
+
+        Raises:
+            UserError: it is another kind of model.
+        """
+        if isinstance(self.network, RAE):
+            return self.network
+        raise UserError(f"{self.name}: its model is no autoencoder, but a {type(self.network).__name__}")
+
+    def about(self) -> Exported:
+        """What an export of it says of it."""
+        told = {key: getattr(self, key) for key in Exported.model_fields if hasattr(self, key)}
+        return Exported(**told)
 
 
 def load(

@@ -13,8 +13,7 @@ from rae.config.loading import load_config, save_config
 from rae.config.registry import import_plugins
 from rae.exchange import diffusers_format, exports, places, published
 from rae.exchange.card import model_card
-from rae.exchange.exports import Exported, includes_encoder
-from rae.exchange.opened import Source
+from rae.exchange.exports import Exported, Source, includes_encoder
 from rae.exchange.places import local_file, local_folder, new_folder, read_json
 
 LAYOUTS = ("rae", "published", "diffusers")
@@ -137,8 +136,7 @@ def _import_diffusers(source: str, folder: Path, scratch: Path) -> Source:
     content = read_json(folder / places.CONFIG, f"{source}/{places.CONFIG}")
     if content.get("format") == "rae":
         raise UserError(f"{source} is an export already; copy it, or use python -m rae export")
-    rae, settings, image_size = diffusers_format.read(folder, source, scratch)
-    return Source(rae, image_size, _name_of(source), "given", settings)
+    return diffusers_format.read(folder, source, scratch)
 
 
 def _beside(given: str | None, folder: Path | None, name: str, scratch: Path) -> Path | None:

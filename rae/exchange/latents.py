@@ -19,14 +19,14 @@ from rae.config.arguments import build
 from rae.config.errors import UserError
 from rae.config.sections import Config
 from rae.data.batcher import Batcher
-from rae.data.dataset import ImageDataset, indexed, open_dataset, opening
+from rae.data.dataset import ImageDataset, indexed, open_dataset
 from rae.data.decoding import eval_transform
 from rae.data.images import batches, with_bar
 from rae.data.loaders import start_worker
 from rae.data.parts import Job, Options, PartWriter, finish
 from rae.data.shards import RECORDS, Place
 from rae.exchange.places import local_file
-from rae.survival.processes import barrier, of_first_rank, rank, world_size
+from rae.survival.processes import barrier, of_first_rank, opening, rank, world_size
 from rae.survival.storage import is_remote
 
 STATS = "stat.pt"

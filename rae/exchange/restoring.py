@@ -2,7 +2,8 @@
 
 import json
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rae.config.loading import load_config
 from rae.config.registry import find, import_plugins
 from rae.config.sections import Config, Model
 from rae.exchange import exports
-from rae.exchange.opened import Source
+from rae.exchange.exports import Source
 from rae.exchange.places import local_file
 from rae.survival.checkpoints import CONFIG, METRICS, DamagedError, age, check_whole, in_form, refused, without_code
 from rae.survival.storage import is_remote, reason
@@ -35,7 +36,9 @@ def of_config(network: nn.Module, config: Config, weights: str) -> Source:
 
 def open_checkpoint(local: Path, source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
     config = load_config(str(local / CONFIG), overrides)
-    opened = _restore(_read_state(local, source, scratch), config, source, weights)
+    with reading(source):
+        content = torch.load(in_form(local, False, scratch / "converted"), map_location="cpu", mmap=True)
+    opened = _restore(_state_of(content, source), config, source, weights)
     batch, epoch = age(local.name)
     opened.name, opened.trained = f"{config.run_name}-{local.name}", {"epoch": epoch, "batch": batch}
     # Another run may have this run_dir on this disk, and come to the same step: only what lies in it is of it.
@@ -72,11 +75,7 @@ def open_file(source: str, weights: str, overrides: list[str], scratch: Path) ->
     local = Path(source)
     if is_remote(source):
         local, _ = (local_file(f"{parent}/{file}", scratch) for file in (name, CONFIG))
-    try:
-        check_whole(local)
-    except DamagedError as error:
-        raise UserError(f"{source}: {error}") from error
-    state = _read_state(local, source, scratch)
+    state = _state_of(load_file(local, source), source)
     configuration = next((f for f in (local.parent / CONFIG, local.parent.parent / CONFIG) if f.is_file()), None)
     if configuration is None:
         raise UserError(f"{source}: there is no {CONFIG} beside it; copy that of its run there")
@@ -85,16 +84,29 @@ def open_file(source: str, weights: str, overrides: list[str], scratch: Path) ->
     return opened
 
 
-def _read_state(checkpoint: Path, source: str, scratch: Path) -> dict[str, Any]:
-    """What a checkpoint holds under ``state``; its tensors stay on the disk until they are used."""
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """What is read in here runs no code, and what is wrong with it is said of ``where``, as a UserError."""
     try:
-        path = in_form(checkpoint, False, scratch / "converted")
         with without_code():
-            content = torch.load(path, map_location="cpu", mmap=True)
+            yield
+    except DamagedError as error:
+        raise UserError(f"{where}: {error}") from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"{source} holds {refused(error)}") from error
+        raise UserError(f"{where} holds {refused(error)}") from error
     except (Exception, CheckpointException) as error:
-        raise UserError(f"{source} cannot be read: {reason(error)}") from error
+        raise UserError(f"{where} cannot be read: {reason(error)}") from error
+
+
+def load_file(file: Path, where: str) -> Any:
+    """A ``.pt`` file's content, without code, once its checksums agree; its tensors stay on the disk."""
+    with reading(where):
+        check_whole(file)
+        return torch.load(file, map_location="cpu", mmap=True)
+
+
+def _state_of(content: Any, source: str) -> dict[str, Any]:
+    """What a checkpoint holds under ``state``."""
     state = content.get("state") if isinstance(content, dict) else None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         return state

@@ -16,7 +16,7 @@ from rae.config.loading import load_config
 from rae.config.registry import import_plugins
 from rae.config.sections import Config, Model
 from rae.exchange import diffusers_format, exports, places
-from rae.exchange.opened import Source
+from rae.exchange.exports import Source
 from rae.exchange.restoring import _PUBLISHED, explained, of_config, open_checkpoint, open_file, split_path
 from rae.survival.checkpoints import (
     CONFIG,
@@ -194,8 +194,7 @@ def _open_export(source: str, weights: str, overrides: list[str], scratch: Path,
     local = places.local_folder(source, scratch)
     content = places.read_json(local / places.CONFIG, f"{source}/{places.CONFIG}")
     if "_class_name" in content:
-        rae, model, image_size = diffusers_format.read(local, source, scratch)
-        return Source(rae, image_size, split_path(source)[1], "given", model)
+        return diffusers_format.read(local, source, scratch)
     if "decoder_hidden_size" in content:
         raise UserError(f"{source}: {_PUBLISHED}")
     about = exports.read_exported(local, source, overrides)

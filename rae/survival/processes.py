@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rae.config.errors import UserError
+from rae.config.errors import UserError, first_line
 
 _SEGMENTS = Path("/dev/shm")
 
@@ -120,21 +120,28 @@ def one_at_a_time(name: str, seconds: float = 60.0) -> Iterator[None]:
 
 
 @contextmanager
-def streaming_turn(folders: Iterable[str]) -> Iterator[None]:
+def opening(folders: Iterable[str], fault: str) -> Iterator[None]:
     """Data sets are opened in here, by all ranks together, and by one launch of this machine at a time.
 
     Streaming numbers its shared memory by what it finds: two launches that open at once would take the same number.
 
     Args:
         folders: see :func:`remove_dead_segments`.
+        fault: what the message begins with when one cannot be opened.
+
+    Raises:
+        UserError: Streaming's errors.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    with one_at_a_time("streaming") if first else nullcontext():
-        if first:
-            remove_dead_segments(folders)
-        barrier()
-        yield
-        barrier()
+    try:
+        with one_at_a_time("streaming") if first else nullcontext():
+            if first:
+                remove_dead_segments(folders)
+            barrier()
+            yield
+            barrier()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"{fault}: {first_line(error)}") from error
 
 
 def barrier() -> None:

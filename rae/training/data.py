@@ -8,12 +8,12 @@ from composer import Evaluator, Trainer
 from rae.algorithms.ema import LIVE_SUFFIX
 from rae.config.errors import UserError
 from rae.config.sections import Config, EvalData
-from rae.data.dataset import ImageDataset, open_stream, opening
+from rae.data.dataset import ImageDataset, open_stream
 from rae.data.decoding import eval_transform, train_transform
 from rae.data.loaders import Ledger, eval_loader, train_loader
 from rae.data.reader import ImageStream
 from rae.evaluation.frechet import Reference, refer
-from rae.survival.processes import rank, world_size
+from rae.survival.processes import opening, rank, world_size
 from rae.survival.storage import RemoteFolder
 
 

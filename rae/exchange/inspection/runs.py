@@ -1,6 +1,5 @@
 """What a run and its checkpoints hold."""
 
-import pickle
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from rae.config.errors import UserError
 from rae.exchange.inspection.report import Report, Row, add_config, add_figures, wrong_size
 from rae.exchange.places import local_file
+from rae.exchange.restoring import load_file
 from rae.exchange.sources import checkpoints_of_run
 from rae.survival.checkpoints import (
     CONFIG,
@@ -22,13 +22,10 @@ from rae.survival.checkpoints import (
     Listed,
     age,
     check_metadata,
-    check_whole,
     fetch,
     read_seal,
-    refused,
-    without_code,
 )
-from rae.survival.storage import is_remote, reason
+from rae.survival.storage import is_remote
 
 
 def inspect_run(path: str, names: set[str], local: Path, verify: bool, scratch: Path) -> Report:
@@ -94,16 +91,13 @@ def inspect_checkpoint(folder: str, checkpoint: Listed, verify: bool, scratch: P
         add_figures(report, local / METRICS, f"{where}/{METRICS}")
     if fault:
         return report
-    if sharded:
-        try:
+    try:
+        if sharded:
             report.tables["contents"] = _sharded_contents(local)
-        except DamagedError as error:
-            report.faults.append(str(error))
-    elif not is_remote(folder):
-        try:
+        elif not is_remote(folder):
             report.tables["contents"] = contents(load_file(local / STATE, where)["state"])
-        except UserError as error:
-            report.faults.append(str(error))
+    except (DamagedError, UserError) as error:
+        report.faults.append(str(error))
     return report
 
 
@@ -146,17 +140,3 @@ def _tensors(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Ten
     items: Iterable[Any] = tree.items() if isinstance(tree, dict) else ()
     items = enumerate(tree) if isinstance(tree, (list, tuple)) else items
     return {name: t for key, value in items for name, t in _tensors(value, (*path, str(key))).items()}
-
-
-def load_file(file: Path, where: str) -> Any:
-    """A ``.pt`` file's content, without code; its tensors stay on the disk."""
-    try:
-        check_whole(file)
-        with without_code():
-            return torch.load(file, map_location="cpu", mmap=True)
-    except DamagedError as error:
-        raise UserError(f"{where}: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{where} holds {refused(error)}") from error
-    except Exception as error:
-        raise UserError(f"{where} cannot be read: {reason(error)}") from error

@@ -19,8 +19,9 @@ from rae.config.sections import Model
 from rae.exchange import diffusers_format, exports, places, published
 from rae.exchange.exports import Exported, read_exported
 from rae.exchange.inspection.report import Report, Row, add_config, add_label_figures, size_of_file, wrong_size
-from rae.exchange.inspection.runs import contents, load_file
+from rae.exchange.inspection.runs import contents
 from rae.exchange.places import list_names, local_file, read_json
+from rae.exchange.restoring import load_file
 from rae.survival.checkpoints import CONFIG
 from rae.survival.storage import RemoteFolder, is_remote
 
