@@ -108,11 +108,12 @@ def model_card(
         if isinstance(values, dict)
     }
     included = includes_encoder(about.model) if includes is None else includes
-    loading, tags = "other", None
-    told: dict[str, Any] = {"facts": {"model": plugin_text(about.model)}, "encoder_name": ""}
     if isinstance(network, RAE) and isinstance(about.model, Model):
         loading, tags = layout, ["representation-autoencoder", "image-reconstruction"]
         told = _autoencoder(network, about.model, included)
+    else:
+        loading, tags = "other", None
+        told = {"facts": {"model": plugin_text(about.model)}, "encoder_name": ""}
     told["facts"] |= _facts(network, about)
     card = ModelCard.from_template(
         ModelCardData(
