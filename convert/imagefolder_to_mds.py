@@ -3,34 +3,26 @@
 import argparse
 from dataclasses import replace
 
-from rae.data.conversion import (
-    add_options,
-    add_val_fraction,
-    convert_splits,
-    options_from,
-    report,
-    run_command,
-    write_shards,
-)
+from rae.data import conversion
 from rae.data.listing import list_images
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", help="folder of images, or s3://…; each sub-folder (nested ones too) is a class")
-    add_options(parser)
+    conversion.add_options(parser)
     parser.add_argument("--skip-empty-classes", action="store_true", help="leave out folders without images")
     split = parser.add_mutually_exclusive_group()
-    add_val_fraction(split)
+    conversion.add_val_fraction(split)
     split.add_argument(
         "--splits",
         metavar="A,B",
         help="sub-folders of IMAGES that are splits: IMAGES/A becomes OUT/A, with one class list",
     )
     arguments = parser.parse_args()
-    options, images = options_from(arguments), arguments.images.rstrip("/")
+    options, images = conversion.options_from(arguments), arguments.images.rstrip("/")
     if not arguments.splits:
-        convert_splits(list_images(images, arguments.skip_empty_classes), options, arguments.val_fraction)
+        conversion.convert_splits(list_images(images, arguments.skip_empty_classes), options, arguments.val_fraction)
         return
     names = arguments.splits.split(",")
     sources = [list_images(f"{images}/{name}", arguments.skip_empty_classes) for name in names]
@@ -38,8 +30,8 @@ def main() -> None:
     for name, source in zip(names, sources, strict=True):
         source.classes, source.labels = classes, {name: label for label, name in enumerate(classes)}
         into = replace(options, out=f"{options.out.rstrip('/')}/{name}")
-        report(write_shards(source, into), into.out)
+        conversion.report(conversion.write_shards(source, into), into.out)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    conversion.run_command(main)

@@ -16,12 +16,10 @@ examples: python -m rae export runs/demo exports/demo
 """
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rae.commands.options import add_source_arguments
-
-if TYPE_CHECKING:
-    from rae.config.sections import Model
+from rae.config.sections import Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     tell_encoder(about.model, arguments.format)
 
 
-def tell_encoder(model: "Model | dict[str, Any]", layout: str) -> None:
+def tell_encoder(model: Model | dict[str, Any], layout: str) -> None:
     """Say so, if the export names an encoder that only this machine has."""
     from rae.exchange.exports import encoder_path
 

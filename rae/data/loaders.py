@@ -10,8 +10,7 @@ from streaming import StreamingDataLoader
 from torch.utils.data import DataLoader, DistributedSampler
 
 from rae.config.errors import RankError, UserError
-from rae.data.batcher import Batcher
-from rae.data.dataset import ImageDataset, indexed
+from rae.data.dataset import Batcher, ImageDataset, indexed
 from rae.survival.processes import follow_parent, heed_parent_alone
 
 log = logging.getLogger(__name__)

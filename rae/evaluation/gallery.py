@@ -14,15 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from rae.evaluation.pictures import SCALE, colours, difference_map, split, text_of
-from rae.evaluation.reconstruction import (
-    ORIGINALS,
-    RECONSTRUCTIONS,
-    Record,
-    folder_of,
-    higher_is_better,
-    summarize,
-    worst_first,
-)
+from rae.evaluation.reconstruction import ORIGINALS, Record, folder_of, higher_is_better, summarize, worst_first
 
 SIDE = 256
 """Pictures on the page are at most so many pixels a side."""
@@ -116,7 +108,7 @@ def _views(taus: Sequence[float]) -> list[View]:
     noised = [View(f"noised{i}", f"τ = {tau:g}", folder_of(tau), True) for i, tau in enumerate(taus)]
     return [
         View("original", "Original", ORIGINALS),
-        View("recon", "Reconstruction", RECONSTRUCTIONS),
+        View("recon", "Reconstruction", folder_of(0.0)),
         View("difference", "Difference", "comparisons"),
         *noised,
     ]

@@ -63,26 +63,17 @@ class PerImage(Metric):
         return self.total / self.count
 
 
-def psnr_of(recon: Tensor, image: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image: (B, 3, H, W) each -> (B,)."""
-    return peak_signal_noise_ratio(recon, image, data_range=1.0, reduction="none", dim=(1, 2, 3))
-
-
-def ssim_of(recon: Tensor, image: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of each image: (B, 3, H, W) each -> (B,)."""
-    return structural_similarity_index_measure(recon, image, data_range=1.0, reduction="none")  # type: ignore[return-value]
-
-
 @register("metric", "psnr")
 def psnr() -> Metric:
     """Peak signal-to-noise ratio in dB, per image, then averaged."""
-    return PerImage(psnr_of, BETTER["psnr"])
+    figure = partial(peak_signal_noise_ratio, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    return PerImage(figure, BETTER["psnr"])
 
 
 @register("metric", "ssim")
 def ssim() -> Metric:
     """Structural similarity (Wang et al. 2004), Gaussian window, per image, then averaged."""
-    return PerImage(ssim_of, BETTER["ssim"])
+    return PerImage(partial(structural_similarity_index_measure, data_range=1.0, reduction="none"), BETTER["ssim"])
 
 
 @register("metric", "lpips")

@@ -18,8 +18,7 @@ from rae.autoencoder.layers import Frozen
 from rae.config.arguments import build
 from rae.config.errors import UserError
 from rae.config.sections import Config
-from rae.data.batcher import Batcher
-from rae.data.dataset import ImageDataset, indexed, open_dataset
+from rae.data.dataset import Batcher, ImageDataset, indexed, open_dataset
 from rae.data.decoding import eval_transform
 from rae.data.images import batches, with_bar
 from rae.data.loaders import start_worker
@@ -105,9 +104,7 @@ def write_latents(
     for part in with_bar(mine, "encoding"):
         _write_part(job, part, columns, encoder, loader, DTYPES[dtype], device)
     barrier()
-    summary: dict[str, Any] = {}
-    if rank() == 0:
-        summary = _finish(job, content, time.perf_counter() - began)
+    summary = _finish(job, content, time.perf_counter() - began) if rank() == 0 else {}
     barrier()
     return summary
 

@@ -18,17 +18,8 @@ from rae.config.sections import Config, Model
 from rae.exchange import diffusers_format, exports, places
 from rae.exchange.exports import Source
 from rae.exchange.restoring import _PUBLISHED, explained, of_config, open_checkpoint, open_file, split_path
-from rae.survival.checkpoints import (
-    CONFIG,
-    SHARDED,
-    STATE,
-    DamagedError,
-    Listed,
-    check_metadata,
-    fetch,
-    is_name,
-    list_checkpoints,
-)
+from rae.survival import checkpoints
+from rae.survival.checkpoints import DamagedError, Listed
 from rae.survival.storage import is_remote, reason, saying
 
 log = logging.getLogger(__name__)
@@ -97,7 +88,7 @@ def open_encoder(
 def _open(source: str, weights: str, overrides: list[str], scratch: Path, imports: bool) -> Source:
     parent, name = split_path(source)
     if source.endswith(".pt"):
-        if name == STATE and is_name(split_path(parent)[1]):
+        if name == checkpoints.STATE and checkpoints.is_name(split_path(parent)[1]):
             return _open(parent, weights, overrides, scratch, imports)
         return open_file(source, weights, overrides, scratch)
     if source.endswith((".yaml", ".yml")):
@@ -105,14 +96,14 @@ def _open(source: str, weights: str, overrides: list[str], scratch: Path, import
     if places.may_be_on_hub(source):
         return _open_export(source, weights, overrides, scratch, imports)
     names = places.list_names(source)
-    if is_name(name):
+    if checkpoints.is_name(name):
         listed = [checkpoint for checkpoint in _listed(parent) if checkpoint.name == name]
         return _open_newest([(parent, each) for each in listed], source, weights, overrides, scratch)
-    if any(is_name(each.split("/")[0]) for each in names):
+    if any(checkpoints.is_name(each.split("/")[0]) for each in names):
         return _open_newest([(source, each) for each in _listed(source)], source, weights, overrides, scratch)
     if places.CONFIG in names:
         return _open_export(source, weights, overrides, scratch, imports)
-    if CONFIG in names and not is_remote(source):
+    if checkpoints.CONFIG in names and not is_remote(source):
         return _open_run(source, weights, overrides, scratch)
     if any(each.split("/")[0] == "checkpoints" for each in names):
         return _open(f"{source}/checkpoints", weights, overrides, scratch, imports)
@@ -129,11 +120,11 @@ def _what_it_is(names: set[str]) -> str:
 
 def _listed(folder: str) -> list[Listed]:
     with saying(f"cannot list the checkpoints in {folder}"):
-        return list_checkpoints(folder)
+        return checkpoints.list_checkpoints(folder)
 
 
 def _open_run(source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
-    config = load_config(f"{source}/{CONFIG}", overrides)
+    config = load_config(f"{source}/{checkpoints.CONFIG}", overrides)
     found = checkpoints_of_run(source, config)
     if not found:
         raise UserError(f"{source}: the run has no checkpoint yet")
@@ -177,9 +168,9 @@ def _open_newest(
     fault = "there is no complete checkpoint in it"
     for folder, checkpoint in found:
         try:
-            local = fetch(folder, checkpoint, scratch)
-            if (local / SHARDED).is_file():
-                check_metadata(local)
+            local = checkpoints.fetch(folder, checkpoint, scratch)
+            if (local / checkpoints.SHARDED).is_file():
+                checkpoints.check_metadata(local)
         except DamagedError as error:
             fault = f"checkpoint {folder}/{checkpoint.name} cannot be used: {error}"
             log.warning("%s", fault) if len(found) > 1 else None

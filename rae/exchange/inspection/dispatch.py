@@ -14,7 +14,7 @@ from rae.exchange.places import first_of, list_names, local_file, read_json
 from rae.survival.checkpoints import CONFIG, METRICS, is_name, list_checkpoints
 from rae.survival.storage import is_remote
 
-_SMALL = (places.CONFIG, CONFIG, METRICS, SUMMARY)
+_SMALL = {places.CONFIG, CONFIG, METRICS, SUMMARY}
 
 
 def inspect(path: str, verify: bool = False) -> Report:
@@ -38,9 +38,8 @@ def inspect(path: str, verify: bool = False) -> Report:
 def _folder(path: str, verify: bool, scratch: Path) -> Report:
     names = list_names(path)
     parent, _, name = path.rpartition("/")
-    for file in _SMALL:
-        if file in names and is_remote(path):
-            local_file(f"{path}/{file}", scratch)
+    for file in names & _SMALL:
+        local_file(f"{path}/{file}", scratch)
     local = scratch if is_remote(path) else Path(path)
     if is_name(name):
         listed = [each for each in list_checkpoints(parent or ".") if each.name == name]

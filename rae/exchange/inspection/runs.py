@@ -13,39 +13,29 @@ from rae.exchange.inspection.report import Report, Row, add_config, add_figures,
 from rae.exchange.places import local_file
 from rae.exchange.restoring import load_file
 from rae.exchange.sources import checkpoints_of_run
-from rae.survival.checkpoints import (
-    CONFIG,
-    METRICS,
-    SHARDED,
-    STATE,
-    DamagedError,
-    Listed,
-    age,
-    check_metadata,
-    fetch,
-    read_seal,
-)
+from rae.survival import checkpoints
+from rae.survival.checkpoints import DamagedError, Listed
 from rae.survival.storage import is_remote
 
 
 def inspect_run(path: str, names: set[str], local: Path, verify: bool, scratch: Path) -> Report:
     report = Report("a folder of checkpoints")
     config = None
-    if CONFIG in names:
+    if checkpoints.CONFIG in names:
         report.kind = "a run"
-        config = add_config(local / CONFIG, f"{path}/{CONFIG}", report)
+        config = add_config(local / checkpoints.CONFIG, f"{path}/{checkpoints.CONFIG}", report)
     rows: list[Row] = [("checkpoint", "epochs", "steps", "bytes", "state")]
     for folder, checkpoint in checkpoints_of_run(path, config):
         fault, size = _whole(folder, checkpoint, verify, scratch)
-        batch, epoch = age(checkpoint.name)
-        form = "sharded" if SHARDED in checkpoint.files else "one file"
+        batch, epoch = checkpoints.age(checkpoint.name)
+        form = "sharded" if checkpoints.SHARDED in checkpoint.files else "one file"
         state = f"damaged: {fault}" if fault else f"complete, {form}"
         rows.append((checkpoint.name, f"{epoch:,}", f"{batch:,}", f"{size:,}", state if checkpoint.parts else fault))
         if fault and checkpoint.parts:
             report.faults.append(f"{checkpoint.name}: {fault}")
     report.tables["checkpoints"] = rows
-    if METRICS in names:
-        add_figures(report, local / METRICS, f"{path}/{METRICS}")
+    if checkpoints.METRICS in names:
+        add_figures(report, local / checkpoints.METRICS, f"{path}/{checkpoints.METRICS}")
     return report
 
 
@@ -57,11 +47,11 @@ def _whole(folder: str, checkpoint: Listed, verify: bool, scratch: Path) -> tupl
     try:
         sealed: dict[str, int] = {}
         for part in checkpoint.parts:
-            files = read_seal(local_file(f"{where}/{part}", scratch))[1]
+            files = checkpoints.read_seal(local_file(f"{where}/{part}", scratch))[1]
             sealed |= {file: int(held["bytes"]) for file, held in files.items()}
         _check_sizes(where, checkpoint, sealed)
         if verify:
-            fetch(folder, checkpoint, scratch / "fetched")
+            checkpoints.fetch(folder, checkpoint, scratch / "fetched")
     except (DamagedError, UserError) as error:
         return str(error), 0
     return "", sum(sealed.values())
@@ -76,26 +66,26 @@ def _check_sizes(where: str, checkpoint: Listed, sealed: dict[str, int]) -> None
 
 
 def inspect_checkpoint(folder: str, checkpoint: Listed, verify: bool, scratch: Path) -> Report:
-    batch, epoch = age(checkpoint.name)
+    batch, epoch = checkpoints.age(checkpoint.name)
     where = f"{folder.rstrip('/')}/{checkpoint.name}"
     fault, size = _whole(folder, checkpoint, verify, scratch)
-    sharded = SHARDED in checkpoint.files
+    sharded = checkpoints.SHARDED in checkpoint.files
     report = Report("a checkpoint, sharded" if sharded else "a checkpoint", faults=[fault] if fault else [])
     report.tables["checkpoint"] = [("epochs", f"{epoch:,}"), ("steps", f"{batch:,}"), ("bytes", f"{size:,}")]
-    for file in {CONFIG, METRICS, SHARDED} & checkpoint.files:
+    for file in {checkpoints.CONFIG, checkpoints.METRICS, checkpoints.SHARDED} & checkpoint.files:
         local_file(f"{where}/{file}", scratch)
     local = scratch if is_remote(folder) else Path(where)
-    if CONFIG in checkpoint.files:
-        add_config(local / CONFIG, f"{where}/{CONFIG}", report)
-    if METRICS in checkpoint.files:
-        add_figures(report, local / METRICS, f"{where}/{METRICS}")
+    if checkpoints.CONFIG in checkpoint.files:
+        add_config(local / checkpoints.CONFIG, f"{where}/{checkpoints.CONFIG}", report)
+    if checkpoints.METRICS in checkpoint.files:
+        add_figures(report, local / checkpoints.METRICS, f"{where}/{checkpoints.METRICS}")
     if fault:
         return report
     try:
         if sharded:
             report.tables["contents"] = _sharded_contents(local)
         elif not is_remote(folder):
-            report.tables["contents"] = contents(load_file(local / STATE, where)["state"])
+            report.tables["contents"] = contents(load_file(local / checkpoints.STATE, where)["state"])
     except (DamagedError, UserError) as error:
         report.faults.append(str(error))
     return report
@@ -103,7 +93,7 @@ def inspect_checkpoint(folder: str, checkpoint: Listed, verify: bool, scratch: P
 
 def _sharded_contents(folder: Path) -> list[Row]:
     """See :func:`_by_part`, out of the metadata alone."""
-    metadata = check_metadata(folder)
+    metadata = checkpoints.check_metadata(folder)
     sizes = Counter[str]()
     for index, stored in metadata.storage_data.items():
         sizes[index.fqn] += stored.length
