@@ -10,6 +10,7 @@ examples:
 """
 
 import argparse
+from pathlib import Path
 
 from rae.commands.options import add_source_arguments, check_counts, loading_workers, pick_device
 from rae.config.errors import UserError
@@ -59,12 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check_replaceable(out: str) -> None:
     """Raise UserError for a local file that holds something else: checkpoints and decoders end in .pt too."""
-    import os
-    from pathlib import Path
-
     from rae.autoencoder.backbones import read_state_dict
 
-    if not os.path.isfile(out):
+    if not Path(out).is_file():
         return
     try:
         replaceable = read_state_dict(Path(out)).keys() == {"mean", "var"}

@@ -73,11 +73,6 @@ def _read_moments(path: Path) -> dict[str, Tensor] | None:
     return moments if moments.keys() == {"sum", "outer", "count"} else None
 
 
-def reference_folder() -> Path:
-    """Where references are kept: ``$RAE_CACHE``, or ``~/.cache/rae``."""
-    return Path(os.environ.get("RAE_CACHE") or "~/.cache/rae").expanduser() / "references"
-
-
 class FrechetDistance(FrechetInceptionDistance):
     """Fréchet distance (arXiv 1706.08500) between images and reconstructions, kept as moments.
 
@@ -145,11 +140,12 @@ class FrechetDistance(FrechetInceptionDistance):
             data: stands for the images, as they are evaluated, and the kind of device.
             count: how many they are.
             known: references of this process by hash, which is added to.
-            in_file: keep them in a file: ``data`` changes whenever the images do.
+            in_file: keep them in a file below ``$RAE_CACHE`` or ``~/.cache/rae``: ``data`` changes when the images do.
         """
         key = hashlib.sha256(json.dumps([1, data, count, self.fingerprint()]).encode()).hexdigest()[:32]
         if key not in known:
-            known[key] = Reference(count, reference_folder() / f"{key}.safetensors" if in_file else None)
+            folder = Path(os.environ.get("RAE_CACHE") or "~/.cache/rae").expanduser() / "references"
+            known[key] = Reference(count, folder / f"{key}.safetensors" if in_file else None)
         self.reference = known[key]
 
 

@@ -21,18 +21,6 @@ def split(figure: str) -> tuple[str, float]:
     return name, float(tau or 0)
 
 
-def difference(image: Tensor, recon: Tensor) -> Tensor:
-    """Mean over channels of |recon − image|.
-
-    Args:
-        image, recon: uint8 (..., 3, H, W).
-
-    Returns:
-        float (..., H, W), in grey levels from 0 to 255.
-    """
-    return (recon.float() - image.float()).abs().mean(dim=-3)
-
-
 @functools.cache
 def colours() -> np.ndarray:
     """The difference map's 256 colours, uint8 (256, 3), from black for 0 to light yellow for SCALE and more."""
@@ -42,8 +30,9 @@ def colours() -> np.ndarray:
 
 
 def difference_map(image: Tensor, recon: Tensor) -> Image.Image:
-    """The difference of two uint8 images (3, H, W) in colours; see :func:`difference`, SCALE and :func:`colours`."""
-    levels = (difference(image, recon) * (255 / SCALE)).round().clamp(0, 255).to(torch.uint8)
+    """The mean over channels of |recon − image|, uint8 (3, H, W) each, in colours; see SCALE and :func:`colours`."""
+    difference = (recon.float() - image.float()).abs().mean(dim=-3)  # (H, W), in grey levels from 0 to 255
+    levels = (difference * (255 / SCALE)).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(colours()[levels.numpy()])
 
 

@@ -67,16 +67,13 @@ def _statistics(tensors: Mapping[str, Tensor]) -> list[Row]:
 
 def _published_sizes(state: Mapping[str, Tensor]) -> list[Row]:
     sizes, image_size = published.sizes_of(state)
-    fixed = "trained" if sizes["trainable_positions"] else "fixed sin-cos"
-    rows: list[Row] = [
-        (key.replace("_", " "), str(value)) for key, value in sizes.items() if key != "trainable_positions"
-    ]
+    positions = "trained" if sizes.pop("trainable_positions") else "fixed sin-cos"
     parameters = sum(t.numel() for name, t in state.items() if name != "decoder_pos_embed")
     return [
         ("latent channels", str(state["decoder_embed.weight"].shape[1])),
-        *rows,
+        *((key.replace("_", " "), str(value)) for key, value in sizes.items()),
         ("image size", str(image_size)),
-        ("positions", fixed),
+        ("positions", positions),
         ("parameters", f"{parameters:,}"),
     ]
 
