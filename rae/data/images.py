@@ -120,8 +120,8 @@ def _holds_shards(path: str) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         if on_disk(f"{path}/{INDEX}", Path(scratch, INDEX)):
             return True
-    inside = sorted(str(index.parent) for index in Path(path).glob(f"*/{INDEX}"))  # it would be listed: no images
-    if inside and not is_remote(path):
+    inside = sorted(str(index.parent) for index in Path(path).glob(f"*/{INDEX}"))  # none of a URL
+    if inside:  # it would be listed as a folder without images
         raise UserError(f"{path!r} is no data set, but holds some; give one: {', '.join(inside[:4])}")
     return False
 

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,9 @@ class RemoteFolder:
         self.url = url.rstrip("/")
         parts = urlparse(self.url)
         self.prefix = f"{parts.path.strip('/')}/" if parts.path.strip("/") else ""
+        settings = map(os.environ.get, _S3_SETTINGS)
         with saying(self.url):
-            self.store = _store(parts.scheme, parts.netloc, os.getpid(), *map(os.environ.get, _S3_SETTINGS))
+            self.store = _store(parts.scheme, parts.netloc, threading.get_native_id(), *settings)
 
     def list(self) -> list[str]:
         """Names of all objects below the folder."""
@@ -244,8 +246,8 @@ def _scratch_beside(place: Path, fault: str) -> Iterator[Path]:
 
 
 @functools.lru_cache(8)
-def _store(scheme: str, bucket: str, process: int, *settings: str | None) -> Any:
-    """A client, which takes tenths of a second to make. It is not used by forked processes, nor with other settings."""
+def _store(scheme: str, bucket: str, thread: int, *settings: str | None) -> Any:
+    """A client, which takes tenths of a second to make. Other threads, forked processes and settings have their own."""
     from composer.utils import S3ObjectStore, maybe_create_object_store_from_uri  # heavy: only when there is a bucket
 
     if scheme == "s3":
