@@ -80,6 +80,8 @@ class RemoteFolder:
         self.url = url.rstrip("/")
         parts = urlparse(self.url)
         self.prefix = f"{parts.path.strip('/')}/" if parts.path.strip("/") else ""
+        if parts.scheme not in ("s3", "gs", "oci", "azure"):
+            raise UserError(f"{url}: {parts.scheme}:// is no known kind of storage; s3, gs, oci and azure are")
         settings = map(os.environ.get, _S3_SETTINGS)
         with saying(self.url):
             self.store = _store(parts.scheme, parts.netloc, threading.get_native_id(), *settings)
@@ -252,11 +254,7 @@ def _store(scheme: str, bucket: str, thread: int, *settings: str | None) -> Any:
 
     if scheme == "s3":
         return S3ObjectStore(bucket, client_config=dict(_S3_CLIENT))
-    try:
-        return maybe_create_object_store_from_uri(f"{scheme}://{bucket}")
-    except NotImplementedError as error:
-        known = "s3, gs, oci and azure are"
-        raise UserError(f"{scheme}://{bucket}: {scheme}:// is no known kind of storage; {known}") from error
+    return maybe_create_object_store_from_uri(f"{scheme}://{bucket}")
 
 
 def is_remote(path: str) -> bool:
