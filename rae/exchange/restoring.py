@@ -37,7 +37,7 @@ def of_config(network: nn.Module, config: Config, weights: str) -> Source:
 def open_checkpoint(local: Path, source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
     config = load_config(str(local / CONFIG), overrides)
     with reading(source):
-        content = torch.load(in_form(local, False, scratch / "converted"), map_location="cpu", mmap=True)
+        content = _load(in_form(local, False, scratch / "converted"))
     opened = _restore(_state_of(content, source), config, source, weights)
     batch, epoch = age(local.name)
     opened.name, opened.trained = f"{config.run_name}-{local.name}", {"epoch": epoch, "batch": batch}
@@ -86,10 +86,9 @@ def open_file(source: str, weights: str, overrides: list[str], scratch: Path) ->
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """What is read in here runs no code, and what is wrong with it is said of ``where``, as a UserError."""
+    """What is wrong with a checkpoint that is read in here is said of ``where``, as a UserError."""
     try:
-        with without_code():
-            yield
+        yield
     except DamagedError as error:
         raise UserError(f"{where}: {error}") from error
     except pickle.UnpicklingError as error:
@@ -102,6 +101,11 @@ def load_file(file: Path, where: str) -> Any:
     """A ``.pt`` file's content, without code, once its checksums agree; its tensors stay on the disk."""
     with reading(where):
         check_whole(file)
+        return _load(file)
+
+
+def _load(file: Path) -> Any:
+    with without_code():
         return torch.load(file, map_location="cpu", mmap=True)
 
 
