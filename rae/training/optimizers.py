@@ -28,9 +28,7 @@ def adamw(
     Args:
         fused: one pass over weights, gradients and moments, without waiting; by default wherever torch has it.
     """
-    params = list(params)
-    fused = _has_fused(params) if fused is None else fused
-    return _as_built(torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused))
+    return _built(torch.optim.AdamW, params, fused, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
 
 
 @register("optimizer", "adam", context=("params",))
@@ -42,96 +40,71 @@ def adam(
     fused: bool | None = None,
 ) -> torch.optim.Optimizer:
     """Adam (Kingma & Ba, arXiv 1412.6980); ``fused`` as for :func:`adamw`."""
+    return _built(torch.optim.Adam, params, fused, lr=lr, betas=betas, eps=eps)
+
+
+def _built(
+    kind: Callable[..., torch.optim.Optimizer],
+    params: Iterable[torch.nn.Parameter],
+    fused: bool | None,
+    **settings: Any,
+) -> torch.optim.Optimizer:
+    """It stays fused, or not, when it loads the state of one that was otherwise, as earlier checkpoints hold."""
     params = list(params)
-    fused = _has_fused(params) if fused is None else fused
-    return _as_built(torch.optim.Adam(params, lr=lr, betas=betas, eps=eps, fused=fused))
-
-
-def _as_built(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Keep it fused, or not, when it loads the state of one that was otherwise, as earlier checkpoints hold."""
+    fused = all(p.device.type in ("cpu", "cuda") for p in params) if fused is None else fused
+    optimizer = kind(params, fused=fused, **settings)
 
     def adapted(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        groups = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]
-        return {**state, "param_groups": groups}
+        return {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
 
     optimizer.register_load_state_dict_pre_hook(adapted)
     return optimizer
 
 
-def _has_fused(params: list[torch.nn.Parameter]) -> bool:
-    return all(p.device.type in ("cpu", "cuda") for p in params)
+def _warmup_then(name: str, decay: Callable[[float], float]) -> Callable[..., Schedule]:
+    """Register the schedule that goes down as ``decay`` does, from 1 at 0 to 0 at 1."""
+
+    def schedule(
+        base_lr: float,
+        steps_per_epoch: int,
+        warmup: TimeString = "1ep",
+        decay_end: TimeString = "16ep",
+        final_lr: float = 2e-5,
+        warmup_from_zero: bool = True,
+    ) -> Schedule:
+        """Linear warm-up, then down to ``final_lr`` at ``decay_end``, then constant.
+
+        Args:
+            base_lr: learning rate at the end of the warm-up.
+            steps_per_epoch: what ``ep`` counts.
+            warmup, decay_end: times in ``ep`` or ``ba``, both from the first step.
+            warmup_from_zero: step ``s`` of the warm-up uses ``(s + 1) / warmup`` of the base; otherwise all of it.
+        """
+        if base_lr <= 0:
+            raise ValueError(f"a schedule needs a learning rate above 0, not {base_lr}")
+        final, begin, end = final_lr / base_lr, _steps(warmup, steps_per_epoch), _steps(decay_end, steps_per_epoch)
+        if end <= begin:
+            raise ValueError(f"decay_end ({end} steps) must come after warmup ({begin} steps)")
+
+        def factor(step: int) -> float:
+            if step < begin:
+                return (step + 1) / begin if warmup_from_zero else 1.0
+            progress = min((step - begin) / (end - begin), 1.0)
+            return final + (1 - final) * decay(progress)
+
+        return factor
+
+    return register("schedule", name, context=("base_lr", "steps_per_epoch"))(schedule)
 
 
-@register("schedule", "warmup_cosine", context=("base_lr", "steps_per_epoch"))
-def warmup_cosine(
-    base_lr: float,
-    steps_per_epoch: int,
-    warmup: TimeString = "1ep",
-    decay_end: TimeString = "16ep",
-    final_lr: float = 2e-5,
-    warmup_from_zero: bool = True,
-) -> Schedule:
-    """Linear warm-up, then half a cosine down to ``final_lr`` at ``decay_end``, then constant.
-
-    Args:
-        base_lr: learning rate at the end of the warm-up.
-        steps_per_epoch: what ``ep`` counts.
-        warmup, decay_end: times in ``ep`` or ``ba``, both from the first step.
-        warmup_from_zero: step ``s`` of the warm-up uses ``(s + 1) / warmup`` of the base; otherwise all of it.
-    """
-    return _warmup_then(
-        lambda x: 0.5 * (1 + math.cos(math.pi * x)),
-        _final_factor(final_lr, base_lr),
-        _steps(warmup, steps_per_epoch),
-        _steps(decay_end, steps_per_epoch),
-        warmup_from_zero,
-    )
-
-
-@register("schedule", "warmup_linear", context=("base_lr", "steps_per_epoch"))
-def warmup_linear(
-    base_lr: float,
-    steps_per_epoch: int,
-    warmup: TimeString = "1ep",
-    decay_end: TimeString = "16ep",
-    final_lr: float = 2e-5,
-    warmup_from_zero: bool = True,
-) -> Schedule:
-    """As :func:`warmup_cosine`, with a straight line down to ``final_lr``."""
-    return _warmup_then(
-        lambda x: 1 - x,
-        _final_factor(final_lr, base_lr),
-        _steps(warmup, steps_per_epoch),
-        _steps(decay_end, steps_per_epoch),
-        warmup_from_zero,
-    )
+warmup_cosine = _warmup_then("warmup_cosine", lambda x: 0.5 * (1 + math.cos(math.pi * x)))
+warmup_linear = _warmup_then("warmup_linear", lambda x: 1 - x)
 
 
 @register("schedule", "constant_lr", context=())
 def constant_lr() -> Schedule:
     """The base learning rate throughout."""
     return lambda step: 1.0
-
-
-def _final_factor(final_lr: float, base_lr: float) -> float:
-    if base_lr <= 0:
-        raise ValueError(f"a schedule needs a learning rate above 0, not {base_lr}")
-    return final_lr / base_lr
-
-
-def _warmup_then(
-    decay: Callable[[float], float], final: float, warmup: int, decay_end: int, warmup_from_zero: bool
-) -> Schedule:
-    if decay_end <= warmup:
-        raise ValueError(f"decay_end ({decay_end} steps) must come after warmup ({warmup} steps)")
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup if warmup_from_zero else 1.0
-        progress = min((step - warmup) / (decay_end - warmup), 1.0)
-        return final + (1 - final) * decay(progress)
-
-    return factor
 
 
 def _steps(time: str, steps_per_epoch: int) -> int:
