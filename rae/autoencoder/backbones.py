@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rae.autoencoder.layers import Normalize
-from rae.config.errors import UserError
+from rae.config.errors import UserError, first_line
 
 
 class TimmFeatures(nn.Module):
@@ -40,8 +40,8 @@ class TimmFeatures(nn.Module):
         try:
             network = _create(model, weights is None and not weightless(), options, input_size)
         except (RuntimeError, AssertionError, IndexError, OSError, ValueError) as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UserError(f"cannot create the timm model {model!r} with levels {levels}: {reason}") from error
+            fault = f"cannot create the timm model {model!r} with levels {levels}"
+            raise UserError(f"{fault}: {first_line(error)}") from error
         if weights not in (None, "random") and not weightless():
             load_in_order(network, weight_file(weights), model)
         config = timm.get_pretrained_cfg(model, allow_unregistered=False)
@@ -102,8 +102,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"cannot read weights from {path}: it is damaged, or holds Python objects, which could run code"
         ) from error
     except Exception as error:
-        fault = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"cannot read weights from {path}: {fault}") from error
+        raise UserError(f"cannot read weights from {path}: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise UserError(f"cannot read weights from {path}: it holds a {type(state).__name__}, not named tensors")
     for key in ("state_dict", "model"):

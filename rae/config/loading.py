@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from rae.config.arguments import explain
-from rae.config.errors import UserError
+from rae.config.errors import UserError, first_line
 from rae.config.sections import Config, Section
 
 
@@ -52,7 +52,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: {first_line(error)}") from error
     return validated(Config, plain)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rae.autoencoder.backbones import save_state_dict, weightless
 from rae.autoencoder.encoders.architectures import PUBLISHED
 from rae.autoencoder.layers import Normalize, resize
-from rae.config.errors import UserError
+from rae.config.errors import UserError, first_line
 
 
 class Encoder(nn.Module):
@@ -49,12 +49,29 @@ class Encoder(nn.Module):
 
 
 class PretrainedEncoder(Encoder):
-    """An encoder on a transformers model, ``backbone``, whose final LayerNorm keeps no affine."""
+    """An encoder on a transformers model, whose final LayerNorm keeps no affine: latents are normalised, not rescaled.
+
+    Args:
+        backbone, processor: see :func:`from_pretrained`.
+        input_size: pixels a side.
+
+    Raises:
+        ValueError: ``input_size`` is not a multiple of the patch.
+    """
 
     weights_argument = "pretrained"
     final_norm: ClassVar[str] = "layernorm"
     """The module's name in the backbone."""
-    backbone: nn.Module
+
+    def __init__(self, backbone: Any, processor: dict[str, Any], input_size: int):
+        width, patch_size = backbone.config.hidden_size, backbone.config.patch_size
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is not a multiple of the encoder's patch size {patch_size}")
+        super().__init__(width, input_size, input_size // patch_size, processor["image_mean"], processor["image_std"])
+        norm = backbone.get_submodule(self.final_norm)
+        plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+        backbone.set_submodule(self.final_norm, plain)
+        self.backbone = backbone
 
     def save_weights(self, folder: Path) -> str:
         mean, std = (tensor.flatten().tolist() for tensor in (self.normalize.mean, self.normalize.std))
@@ -79,7 +96,7 @@ def save_pretrained(
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
-def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
+def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """A transformers model and its image processor's settings, from a hub id or a local folder.
 
     On the meta device (:func:`rae.autoencoder.backbones.weightless`) the configuration is enough.
@@ -99,10 +116,9 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> tuple[nn.Modu
         processor, _ = BaseImageProcessor.get_image_processor_dict(name)
         model, loading = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"cannot load the encoder {name!r}: {reason} (give a hub id, with a connection or a filled cache, "
-            "or the path of a folder that transformers saved)"
+            f"cannot load the encoder {name!r}: {first_line(error)} (give a hub id, with a connection or a filled "
+            "cache, or the path of a folder that transformers saved)"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -128,23 +144,6 @@ def _from_architecture(model_class: Any, name: str, **kwargs: Any) -> nn.Module:
     except (OSError, ValueError) as error:
         raise UserError(
             f"the encoder {name!r} is neither a local folder nor a known or reachable model: "
-            f"{str(error).strip().splitlines()[0]} (known are {', '.join(PUBLISHED)})"
+            f"{first_line(error)} (known are {', '.join(PUBLISHED)})"
         ) from error
     return model_class(config) if config_class else model_class.from_config(config)
-
-
-def without_affine(norm: nn.Module) -> nn.LayerNorm:
-    """The same LayerNorm without weight and bias: RAE latents are normalised, not rescaled."""
-    assert isinstance(norm, nn.LayerNorm)
-    return nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
-
-
-def grid_of(input_size: int, patch_size: int) -> int:
-    """Tokens a side.
-
-    Raises:
-        ValueError: the size is not a multiple of the patch.
-    """
-    if input_size % patch_size:
-        raise ValueError(f"input_size {input_size} is not a multiple of the encoder's patch size {patch_size}")
-    return input_size // patch_size

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained, grid_of, without_affine
+from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained
 from rae.config.registry import register
 
 
@@ -22,10 +22,7 @@ class DINOv2(PretrainedEncoder):
         config = backbone.config
         if not config.model_type.startswith("dinov2"):
             raise ValueError(f"{pretrained!r} is a {config.model_type} model, not a DINOv2")
-        grid = grid_of(input_size, config.patch_size)
-        super().__init__(config.hidden_size, input_size, grid, processor["image_mean"], processor["image_std"])
-        backbone.layernorm = without_affine(backbone.layernorm)
-        self.backbone = backbone
+        super().__init__(backbone, processor, input_size)
         self.num_prefix_tokens = 1 + getattr(config, "num_register_tokens", 0)
 
     def tokens(self, image: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained, grid_of, without_affine
+from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained
 from rae.config.registry import register
 
 
@@ -19,12 +19,7 @@ class MAE(PretrainedEncoder):
     def __init__(self, pretrained: str = "facebook/vit-mae-base", input_size: int = 256):
         from transformers import ViTMAEModel
 
-        backbone, processor = from_pretrained(ViTMAEModel, pretrained, mask_ratio=0.0)
-        config = backbone.config
-        grid = grid_of(input_size, config.patch_size)
-        super().__init__(config.hidden_size, input_size, grid, processor["image_mean"], processor["image_std"])
-        backbone.layernorm = without_affine(backbone.layernorm)
-        self.backbone = backbone
+        super().__init__(*from_pretrained(ViTMAEModel, pretrained, mask_ratio=0.0), input_size)
 
     def tokens(self, image: Tensor) -> Tensor:
         # The model sorts tokens by this noise: a rising one keeps their order.

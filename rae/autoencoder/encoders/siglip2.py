@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained, grid_of, without_affine
+from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained
 from rae.config.registry import register
 
 
@@ -20,12 +20,7 @@ class SigLIP2(PretrainedEncoder):
     def __init__(self, pretrained: str = "google/siglip2-base-patch16-256", input_size: int = 256):
         from transformers import SiglipVisionModel
 
-        backbone, processor = from_pretrained(SiglipVisionModel, pretrained)
-        config = backbone.config
-        grid = grid_of(input_size, config.patch_size)
-        super().__init__(config.hidden_size, input_size, grid, processor["image_mean"], processor["image_std"])
-        backbone.vision_model.post_layernorm = without_affine(backbone.vision_model.post_layernorm)
-        self.backbone = backbone
+        super().__init__(*from_pretrained(SiglipVisionModel, pretrained), input_size)
 
     def tokens(self, image: Tensor) -> Tensor:
         return self.backbone(pixel_values=image, interpolate_pos_encoding=True).last_hidden_state
