@@ -108,9 +108,8 @@ class Beside(LoggerDestination):
         perceptual = next(a for a in state.algorithms if isinstance(a, Perceptual))
         adversarial = next(a for a in state.algorithms if isinstance(a, Adversarial))
         self.seed = state.rank_zero_seed
-        precision = torch.bfloat16 if torch.cuda.is_available() else None
-        parts = [Parts.of(state.model.rae, perceptual, adversarial, precision) for _ in range(2)]
-        self.sides = {"bare": Bare(parts[0]), "textbook": Textbook(parts[1])}
+        sides = {"bare": Bare, "textbook": Textbook}
+        self.sides = {name: side(Parts(state.model.rae, perceptual, adversarial)) for name, side in sides.items()}
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         self._resume()
@@ -165,7 +164,7 @@ def parts(folder: Path, image_size: int = 256, depth: int = 8, checkpointing: bo
     )
     perceptual.network.to(device())
     adversarial.discriminator.to(device())
-    return Parts.of(rae, perceptual, adversarial, torch.bfloat16 if torch.cuda.is_available() else None)
+    return Parts(rae, perceptual, adversarial)
 
 
 def images(batch: int, image_size: int = 256) -> Tensor:

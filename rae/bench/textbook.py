@@ -1,9 +1,7 @@
 """The training step in plain PyTorch, twice: as the public reference computes it, and as this project does."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 
 import lpips
 import torch
@@ -23,38 +21,21 @@ DECAY, GAN_WEIGHT = 0.9978, 0.75
 ADAMW = dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-@dataclass
 class Parts:
-    """What a step needs: networks and optimizers, none of them shared with another step's."""
+    """What a step needs, none of it shared with another step's.
 
-    rae: RAE
-    perceptual: nn.Module
-    discriminator: nn.Module
-    optimizer: torch.optim.Optimizer
-    d_optimizer: torch.optim.Optimizer
-    augment: Callable[[Tensor], Tensor]
-    chunk: int | None
-    """Images at a time through the perceptual network."""
-    gan_chunk: int | None
-    precision: torch.dtype | None
-    """Of autocast; None for fp32."""
+    Args:
+        rae, perceptual, adversarial: what a Trainer was given; of their networks these are copies, with new optimizers.
+    """
 
-    @classmethod
-    def of(cls, rae: RAE, perceptual: Perceptual, adversarial: Adversarial, precision: torch.dtype | None) -> "Parts":
-        """Copies of what a Trainer was given, with new optimizers of the same settings."""
-        network, discriminator = copy.deepcopy(perceptual.network), copy.deepcopy(adversarial.discriminator)
-        rae = copy.deepcopy(rae)
-        return cls(
-            rae,
-            network,  # type: ignore[arg-type]
-            discriminator,
-            adamw(rae.decoder.parameters()),
-            adamw(discriminator.heads.parameters()),
-            adversarial._augmented,
-            perceptual.chunk,
-            adversarial.chunk,
-            precision,
-        )
+    def __init__(self, rae: RAE, perceptual: Perceptual, adversarial: Adversarial):
+        self.rae = copy.deepcopy(rae)
+        self.perceptual: nn.Module = copy.deepcopy(perceptual.network)  # type: ignore[assignment]
+        self.discriminator = copy.deepcopy(adversarial.discriminator)
+        self.optimizer = adamw(self.rae.decoder.parameters())
+        self.d_optimizer = adamw(self.discriminator.heads.parameters())
+        self.augment = adversarial._augmented
+        self.chunk, self.gan_chunk = perceptual.chunk, adversarial.chunk
 
     def begin_as(self, other: "Parts") -> None:
         """Take over the other's weights and optimizer states, so that one step's losses can be compared."""
@@ -67,12 +48,9 @@ class Parts:
             for state in own.state.values() if not fused else ():
                 state["step"] = state["step"].cpu()  # where a fused one keeps it, reading it would wait for the device
 
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """The training precision."""
-        device = next(self.rae.parameters()).device.type
-        with torch.autocast(device, self.precision, enabled=self.precision is not None):
-            yield
+    def autocast(self) -> AbstractContextManager[None]:
+        """The training precision: bf16 on a GPU, fp32 on a CPU."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
 
     def update_discriminator(self, real: Tensor, fake: Tensor, figures: Figures) -> None:
         """One hinge step of the discriminator."""

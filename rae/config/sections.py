@@ -89,6 +89,18 @@ class Data(Section):
     streaming: dict[str, Any] = {}
     """Further arguments of streaming.StreamingDataset (cache_limit, predownload, download_timeout, …)."""
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """What is trained on (:class:`TrainData` or :class:`StreamData`), by key."""
+        whole = {"data.train": self.train} if self.train.path else {}
+        return {**whole, **{f"data.train.streams.{name}": stream for name, stream in self.train.streams.items()}}
+
+    @property
+    def evaluation(self) -> dict[str, EvalData]:
+        """What is evaluated on, by key."""
+        first = {"data.eval": self.eval} if self.eval is not None else {}
+        return first | {f"data.evals.{name}": each for name, each in self.evals.items()}
+
 
 class DecoderSizes(Section):
     """See :class:`rae.autoencoder.decoder.Decoder`."""

@@ -30,15 +30,10 @@ class DataSet:
 
 def survey(config: Config) -> list[DataSet]:
     """All data sets of a configuration, those for training first. A store that does not answer is asked once."""
-    train, data = config.data.train, config.data
-    paths = {"data.train": train.path} if train.path else {}
-    paths |= {f"data.train.streams.{name}": stream.path for name, stream in train.streams.items()}
-    if data.eval is not None:
-        paths["data.eval"] = data.eval.path
-    paths |= {f"data.evals.{name}": each.path for name, each in data.evals.items()}
     silent: dict[str, str] = {}
     found = []
-    for name, path in paths.items():
+    for name, source in {**config.data.training, **config.data.evaluation}.items():
+        path = source.path
         store = "/".join(path.split("/")[:3]) if is_remote(path) else path
         each = DataSet(name, path, fault=silent[store]) if store in silent else _look(name, path)
         if each.fault and is_remote(path):
@@ -66,7 +61,7 @@ def epoch_images(config: Config, found: list[DataSet]) -> int | None:
     """Images of an epoch, with the streams' weights; None when unknown."""
     sizes = {each.name: each.images for each in found if each.name.startswith("data.train")}
     if not config.data.train.streams:
-        return sizes["data.train"]
+        return sizes.get("data.train")
     total = 0.0
     for name, stream in config.data.train.streams.items():
         size = sizes[f"data.train.streams.{name}"]

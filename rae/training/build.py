@@ -58,7 +58,7 @@ def build_trainer(config: Config) -> Trainer:
         save_config(config, Path(config.run_dir) / "config.yaml")
     checkpointer = build_checkpointer(config, arguments)
     checkpoint = find_checkpoint(config, arguments, checkpointer)
-    evaluation = open_eval(config, config.data.eval, "eval")
+    evaluation = open_eval(config, "data.eval")
     ledger = Ledger(config.data.max_bad_samples, list(config.data.train.streams))
     loader = build_train_loader(config, ledger)
     reproducibility.seed_all(config.seed)  # every rank starts from the same weights

@@ -35,13 +35,8 @@ def check_data(config: Config) -> None:
         raise UserError("data.train: give either path or streams")
     if data.eval is None and (config.metrics or data.evals):
         raise UserError("metrics: there is nothing to evaluate them on; set data.eval.path")
-    training = {"data.train": data.train.path} if data.train.path else {}
-    training |= {f"data.train.streams.{name}": stream.path for name, stream in data.train.streams.items()}
-    evaluation = {f"data.evals.{name}": source for name, source in data.evals.items()}
-    if data.eval is not None:
-        evaluation["data.eval"] = data.eval
-    for key, source in evaluation.items():
-        same = next((name for name, path in training.items() if path == source.path), None)
+    for key, source in data.evaluation.items():
+        same = next((name for name, trained in data.training.items() if trained.path == source.path), None)
         if same:
             raise UserError(f"{key}.path: it is {same}.path too; evaluation needs images of its own")
         known = [*config.metrics, *(["discriminator"] if "adversarial" in config.algorithms else [])]
@@ -51,8 +46,8 @@ def check_data(config: Config) -> None:
     for name in data.evals:
         if not name.isidentifier() or name == "eval" or name.endswith("_live"):
             raise UserError(f"data.evals.{name}: give it another name, of letters and digits")
-    for key, path in (training | {key: source.path for key, source in evaluation.items()}).items():
-        _check_path(key, path)
+    for key, source in {**data.training, **data.evaluation}.items():
+        _check_path(key, source.path)
 
 
 def _check_path(key: str, path: str) -> None:

@@ -1,55 +1,49 @@
 """A run's data: what its configuration names, opened, as loaders and evaluators."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from composer import Evaluator, Trainer
 
 from rae.algorithms.ema import LIVE_SUFFIX
 from rae.config.errors import UserError
-from rae.config.sections import Config, EvalData
+from rae.config.sections import Config
 from rae.data.dataset import ImageDataset, open_stream
 from rae.data.decoding import eval_transform, train_transform
 from rae.data.loaders import Ledger, eval_loader, train_loader
-from rae.data.reader import ImageStream
 from rae.evaluation.frechet import Reference, refer
 from rae.survival.processes import opening, rank, world_size
 from rae.survival.storage import RemoteFolder
 
 
-def _open(streams: dict[str, ImageStream], **arguments: Any) -> ImageDataset:
+def _open(config: Config, sources: Mapping[str, Any], **arguments: Any) -> ImageDataset:
+    """What a configuration has under these keys, as one data set."""
+    streams = {}
+    for where, source in sources.items():
+        cache = source.cache or f"{config.run_dir}/cache/{re.sub(r'data.(train.streams.|evals.)?', '', where, count=1)}"
+        weight = source.model_dump(include={"proportion", "repeat", "choose"})
+        streams[where] = open_stream(source.path, cache, **weight)
     if rank() == 0:
         for where, stream in streams.items():
             if stream.remote:
                 RemoteFolder(stream.remote).check_readable("index.json", f"{where}.path")
-    arguments.setdefault("download_retry", 8)  # pauses double: minutes without the store, not seconds
+    # Pauses between attempts double: minutes without the store, not seconds.
+    arguments = {"download_retry": 8, **config.data.streaming, **arguments}
     paths = ", ".join(f"{where}.path {stream.remote or stream.local!r}" for where, stream in streams.items())
     with opening([stream.local for stream in streams.values()], f"cannot open {paths}"):
-        return ImageDataset(streams=list(streams.values()), **arguments)
+        return ImageDataset(streams=list(streams.values()), seed=config.seed, verify=config.data.verify, **arguments)
 
 
 def build_train_loader(config: Config, ledger: Ledger) -> Any:
     data, source, batch_size = config.data, config.data.train, config.data.batch_size // world_size()
-    if source.path is not None:
-        streams = {"data.train": open_stream(source.path, source.cache or f"{config.run_dir}/cache/train")}
-    else:
-        streams = {
-            f"data.train.streams.{name}": open_stream(
-                stream.path,
-                stream.cache or f"{config.run_dir}/cache/{name}",
-                **stream.model_dump(include={"proportion", "repeat", "choose"}),
-            )
-            for name, stream in source.streams.items()
-        }
     dataset = _open(
-        streams,
+        config,
+        data.training,
         transform=train_transform(data.image_size, source.resize, source.flip),
-        seed=config.seed,
-        verify=data.verify,
         shuffle=source.shuffle,
         batch_size=batch_size,
         num_canonical_nodes=data.num_canonical_nodes,
-        **data.streaming,
     )
     if any("image" not in shard.column_names for shard in dataset.shards):
         raise UserError(
@@ -61,31 +55,25 @@ def build_train_loader(config: Config, ledger: Ledger) -> Any:
     return loader
 
 
-def open_eval(config: Config, source: EvalData | None, name: str) -> ImageDataset | None:
-    if source is None:
+def open_eval(config: Config, where: str) -> ImageDataset | None:
+    """An evaluation set, if the configuration has one under this key."""
+    if where not in config.data.evaluation:
         return None
-    where = "data.eval" if name == "eval" else f"data.evals.{name}"
-    return _open(
-        {where: open_stream(source.path, source.cache or f"{config.run_dir}/cache/{name}")},
-        transform=eval_transform(config.data.image_size),
-        seed=config.seed,
-        verify=config.data.verify,
-        **config.data.streaming,
-    )
+    return _open(config, {where: config.data.evaluation[where]}, transform=eval_transform(config.data.image_size))
 
 
 def evaluators(
     config: Config, images: ImageDataset | None, algorithms: Iterable[Any], ledger: Ledger
 ) -> list[Evaluator] | None:
-    data, source = config.data, config.data.eval
-    if images is None or source is None or not config.metrics:
+    data = config.data
+    if images is None or not config.metrics:
         return None
     live = any(getattr(algorithm, "evaluate", None) == "both" for algorithm in algorithms)
     batch_size = (data.eval_batch_size or data.batch_size) // world_size()
     shared = (batch_size, data.workers, data.prefetch)
     evaluators = []
-    for name, each in {"eval": source, **data.evals}.items():
-        opened = images if name == "eval" else open_eval(config, each, name)
+    for where, each in data.evaluation.items():
+        opened = images if where == "data.eval" else open_eval(config, where)
         assert opened is not None
         evaluators += [
             Evaluator(
@@ -94,7 +82,7 @@ def evaluators(
                 # Composer takes them for patterns, to be found anywhere in a name.
                 metric_names=[rf"\b{metric}\b" for metric in each.metrics or [*config.metrics, "discriminator"]],
             )
-            for label, noise_tau in _passes(name, each.noise_taus, live).items()
+            for label, noise_tau in _passes(where.rpartition(".")[2], each.noise_taus, live).items()
         ]
     return evaluators
 

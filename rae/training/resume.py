@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ def newest(folders: Sequence[str], scratch: Path, damaged: Literal["older", "sto
     skipped: list[tuple[str, Listed]] = []
     for folder, checkpoint in sorted(found, key=lambda pair: (pair[1].age, pair[0] != folders[0]), reverse=True):
         path, fault = _fetched(folder, checkpoint, scratch)
-        if path is not None:
+        if not fault:
             _unseal(skipped)
             return path
         skipped.append((folder, checkpoint))
@@ -94,24 +94,36 @@ def _listed(folder: str) -> list[Listed]:
     return found[0]
 
 
-def _fetched(folder: str, checkpoint: Listed, scratch: Path) -> tuple[Path | None, str]:
-    fault = fatal = ""
+def _on_each_node(work: Callable[[], Any], failure: str) -> list[Any]:
+    """What ``work`` gave to one rank of each node, by rank; if it failed, all ranks raise. A collective call."""
+    made, fault = None, ""
     if dist.get_local_rank() == 0:
+        try:
+            made = work()
+        except (Exception, CheckpointException) as error:
+            fault = str(error) if isinstance(error, DamagedError) else reason(error)
+    answers = dist.all_gather_object((made, fault))
+    for _, each in answers:
+        if each:
+            raise UserError(f"{failure}: {each}")
+    return [made for made, _ in answers]
+
+
+def _fetched(folder: str, checkpoint: Listed, scratch: Path) -> tuple[Path, str]:
+    """The checkpoint on this node's disk, and what is damaged in it on whichever node."""
+
+    def damage() -> str:
         try:
             path = fetch(folder, checkpoint, scratch)
             if (path / SHARDED).is_file():
                 check_metadata(path)
         except DamagedError as error:
-            fault = str(error)
-        except Exception as error:
-            fatal = f"cannot read checkpoint {checkpoint.name} of {folder}: {reason(error)}"
-    answers = dist.all_gather_object((fault, fatal))
-    for _, fatal in answers:
-        if fatal:
-            raise UserError(fatal)
-    faults = [fault for fault, _ in answers if fault]
-    local = scratch / checkpoint.name if is_remote(folder) else Path(folder, checkpoint.name)
-    return (None, faults[0]) if faults else (local, "")
+            return str(error)
+        return ""
+
+    faults = _on_each_node(damage, f"cannot read checkpoint {checkpoint.name} of {folder}")
+    local = scratch if is_remote(folder) else Path(folder)
+    return local / checkpoint.name, next(filter(None, faults), "")
 
 
 def given(path: str, scratch: Path, damaged: Literal["older", "stop"]) -> Path:
@@ -126,7 +138,7 @@ def given(path: str, scratch: Path, damaged: Literal["older", "stop"]) -> Path:
     ours = [checkpoint for checkpoint in _listed(parent or ".") if checkpoint.name == name]
     if ours:
         local, fault = _fetched(parent or ".", ours[0], scratch)
-        if local is None:
+        if fault:
             raise UserError(f"trainer.load_path: checkpoint {path} is not used: {fault}")
         return local
     found = newest([path], scratch, damaged)
@@ -136,21 +148,16 @@ def given(path: str, scratch: Path, damaged: Literal["older", "stop"]) -> Path:
 
 
 def _file(path: str, scratch: Path) -> Path:
-    local, fault = Path(path), ""
-    if is_remote(path):
-        folder, _, name = path.rpartition("/")
-        local = scratch / name
-    if dist.get_local_rank() == 0:
-        try:
-            if is_remote(path):
-                scratch.mkdir(parents=True, exist_ok=True)
-                RemoteFolder(folder).download(name, local)
-            check_whole(local)
-        except Exception as error:
-            fault = str(error) if isinstance(error, DamagedError) else reason(error)
-    for answer in dist.all_gather_object(fault):
-        if answer:
-            raise UserError(f"trainer.load_path: {path}: {answer}")
+    folder, _, name = path.rpartition("/")
+    local = scratch / name if is_remote(path) else Path(path)
+
+    def get() -> None:
+        if is_remote(path):
+            scratch.mkdir(parents=True, exist_ok=True)
+            RemoteFolder(folder).download(name, local)
+        check_whole(local)
+
+    _on_each_node(get, f"trainer.load_path: {path}")
     return local
 
 
@@ -162,18 +169,9 @@ def loadable(checkpoint: Path, sharded: bool, scratch: Path) -> Path:
     Raises:
         UserError: it cannot be converted.
     """
-    path: Path | None = None
-    fault = ""
-    if dist.get_local_rank() == 0:
-        try:
-            path = in_form(checkpoint, sharded, scratch / "converted")
-        except (Exception, CheckpointException) as error:
-            fault = reason(error)
-    answers = dist.all_gather_object((path, fault))
-    for _, each in answers:
-        if each:
-            raise UserError(f"checkpoint {checkpoint} cannot be converted for this launch: {each}")
-    return answers[dist.get_global_rank() - dist.get_local_rank()][0]
+    failure = f"checkpoint {checkpoint} cannot be converted for this launch"
+    paths = _on_each_node(lambda: in_form(checkpoint, sharded, scratch / "converted"), failure)
+    return paths[dist.get_global_rank() - dist.get_local_rank()]
 
 
 def clear(scratch: Path) -> None:
