@@ -160,23 +160,18 @@ WAYS: dict[str, tuple[str, Callable[[Path], Any] | None, Callable[[Path], Iterab
 }
 
 
-def _bare(folder: Path) -> Callable[[], float]:
-    data = list(_stored(folder))
-
-    def decode_all() -> float:
-        began = time.process_time()
-        for buffer in data:
-            decode_jpeg(buffer, mode=ImageReadMode.RGB)
-        return len(data) / (time.process_time() - began)
-
-    return decode_all
-
-
 def _stored(folder: Path) -> Iterator[torch.Tensor]:
     images = open_dataset(str(folder), "", transform=train_transform(SIZE, SHORT), seed=0)
     for i in range(images.size):
         shard, place = images.spanner[i]
         yield torch.frombuffer(bytearray(images.shards[shard][place]["image"]), dtype=torch.uint8)
+
+
+def _decode(stored: list[torch.Tensor]) -> float:
+    began = time.process_time()
+    for buffer in stored:
+        decode_jpeg(buffer, mode=ImageReadMode.RGB)
+    return len(stored) / (time.process_time() - began)
 
 
 def _epoch(loader: Iterable[Any]) -> float:
@@ -205,13 +200,9 @@ def _encode_all(arguments: tuple[list[str], Options]) -> int:
 
 def _rates(count: int, work: Callable[[], Any]) -> tuple[float, float]:
     """Images a second, and a second of processor time of this process and those that it starts and ends."""
-
-    def spent() -> float:
-        return sum(os.times()[:4])
-
-    began, before = time.perf_counter(), spent()
+    began, before = time.perf_counter(), sum(os.times()[:4])
     work()
-    return count / (time.perf_counter() - began), count / (spent() - before)
+    return count / (time.perf_counter() - began), count / (sum(os.times()[:4]) - before)
 
 
 def codec_rates(folder: Path, processes: int) -> tuple[float, float]:
@@ -245,17 +236,17 @@ def bench(folder: Path, count: int, turns: int) -> dict[str, Any]:
         rows[name]["mb"] = sum(p.stat().st_size for p in (folder / place).rglob("*") if p.is_file()) / 1e6
     torch.set_num_threads(1)
     loaders = {name: way[2](folder) for name, way in ways.items()}
-    bare = {name: _bare(folder / ways[name][0]) for name in ways if name.startswith("rae")}
+    bare = {name: list(_stored(folder / ways[name][0])) for name in ways if name.startswith("rae")}
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     shares: dict[str, list[float]] = {name: [] for name in bare}
     for turn in range(turns + 1):
         for name, loader in loaders.items():
-            before = bare[name]() if name in bare else 0.0
+            before = _decode(bare[name]) if name in bare else 0.0
             speed = _epoch(loader)
             if turn:  # the first warms the page cache
                 speeds[name].append(speed)
             if turn and name in bare:
-                shares[name].append(speed / ((before + bare[name]()) / 2))
+                shares[name].append(speed / ((before + _decode(bare[name])) / 2))
     for name in ways:
         rows[name]["images_s"] = statistics.median(speeds[name])
         rows[name]["share"] = statistics.median(shares[name]) if name in bare else None
