@@ -3,6 +3,6 @@
 May import: config, survival, autoencoder, data, algorithms.
 """
 
-from rae.callbacks import begin_step, console, data_log, guard, histograms, jsonl, pictures, referee, wandb
+from rae.callbacks import console, guard, histograms, jsonl, pictures, referee, wandb
 
-__all__ = ["begin_step", "console", "data_log", "guard", "histograms", "jsonl", "pictures", "referee", "wandb"]
+__all__ = ["console", "guard", "histograms", "jsonl", "pictures", "referee", "wandb"]

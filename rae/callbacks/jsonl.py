@@ -31,7 +31,7 @@ class JSONLines(LoggerDestination):
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if dist.get_global_rank() == 0:
-            self.pending.update({name: _number(value) for name, value in metrics.items()})
+            self.pending.update({name: number(value) for name, value in metrics.items()})
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() != 0:
@@ -69,7 +69,8 @@ class JSONLines(LoggerDestination):
         self.pending = {}
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
+    """A figure as JSON can hold it: without NaN and infinity."""
     if isinstance(value, torch.Tensor):
         value = value.item()
     return value if not isinstance(value, float) or math.isfinite(value) else None

@@ -1,23 +1,16 @@
 """Floating-point operations as they are run, counted: matrix products, convolutions, attention."""
 
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-_ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_ON_CPU = {  # their first arguments are shapes of query, key and value, after the output's gradient
+    _FORWARD: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    _BACKWARD: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
 }
 
 

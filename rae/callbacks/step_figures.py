@@ -47,6 +47,9 @@ class StepFigures(Callback):
 
     Everything stays on the device, in one vector: one all-reduce, and one copy that the optimizer's step hides.
 
+    At an epoch's end ``data/samples/<stream>`` is what was drawn in it from each stream, on all ranks; an epoch that
+    was resumed is counted from where it was resumed.
+
     Args:
         ledger: the training loader's, whose limit of bad samples holds for all ranks together.
 
@@ -61,6 +64,9 @@ class StepFigures(Callback):
         self.samples = 0
         self.names: list[str] = []
         self.bad = torch.zeros(())
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.ledger.samples.clear()
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self.sums, self.samples = {}, 0
@@ -120,6 +126,14 @@ class StepFigures(Callback):
         logger.log_metrics(figures)
         if figures[_BAD_SAMPLES] > self.ledger.max_bad:  # on all ranks
             self.ledger.check({fault for faults in dist.all_gather_object([*self.ledger.bad]) for fault in faults})
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        drawn = [self.ledger.samples[number] for number in range(len(self.ledger.streams))]
+        counts = state.device.tensor_to_device(torch.tensor(drawn))
+        dist.all_reduce(counts)
+        named = zip(self.ledger.streams, counts.tolist(), strict=True)
+        logger.log_metrics({f"data/samples/{name}": count for name, count in named})
+        self.ledger.samples.clear()
 
 
 def _scaled(state: State) -> bool:

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rae.algorithms.adversarial import Adversarial, adversarial_last
 from rae.callbacks.begin_step import BeginStep
-from rae.callbacks.data_log import DataLog
 from rae.callbacks.guard import Guard
 from rae.callbacks.progress import Progress
 from rae.callbacks.step_figures import StepFigures
@@ -76,7 +75,7 @@ def build_trainer(config: Config) -> Trainer:
     if not arguments["progress_bar"]:
         loggers.setdefault("console", {})
     arguments.setdefault("auto_log_hparams", False)
-    callbacks = [figures, BeginStep(config.seed), DataLog(ledger), *_build_all("callback", _callbacks(config), context)]
+    callbacks = [figures, BeginStep(config.seed), *_build_all("callback", _callbacks(config), context)]
     progress = Progress(config.data.batch_size, str(in_epochs(arguments.get("eval_interval", "1ep"))))
     passed = dict(
         model=model,

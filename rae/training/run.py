@@ -2,14 +2,13 @@
 
 import json
 import logging
-import math
 import warnings
 from pathlib import Path
-from typing import Any
 
 from composer import Trainer
 
 from rae.callbacks.checkpointer import Checkpointer
+from rae.callbacks.jsonl import number
 from rae.config.errors import RankError
 from rae.config.sections import Config
 from rae.data.reader import DataError
@@ -26,7 +25,7 @@ _NOT_FOR_USERS = ("Cannot split tensor of length", "No batches were trained", "T
 
 def _save_final_metrics(config: Config, trainer: Trainer) -> Path:
     final = {  # each metric keeps the value of the last evaluation
-        label: {name: _number(metric.compute()) for name, metric in metrics.items()}
+        label: {name: number(metric.compute()) for name, metric in metrics.items()}
         for label, metrics in trainer.state.eval_metrics.items()
         if all(metric.update_called for metric in metrics.values())
     }
@@ -35,11 +34,6 @@ def _save_final_metrics(config: Config, trainer: Trainer) -> Path:
         record = {"batch": int(trainer.state.timestamp.batch), **final}
         path.write_text(json.dumps(record, indent=2) + "\n")
     return path
-
-
-def _number(value: Any) -> float | None:
-    """JSON has no NaN or infinity."""
-    return float(value) if math.isfinite(value) else None
 
 
 def train(config: Config) -> Trainer:
