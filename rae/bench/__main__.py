@@ -7,8 +7,6 @@ distance from the machine's best, where the time goes), memory, costs (weight av
 import argparse
 import json
 import platform
-import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -18,8 +16,8 @@ import torch
 from rich.table import Table
 
 from rae.bench import costs, scaling, startup, step
-from rae.bench.data import make_photographs
-from rae.bench.measure import console, show, summary
+from rae.bench.data import SHORT, make_photographs, write_shards
+from rae.bench.measure import console, show
 
 SECTIONS = ("step", "limits", "memory", "costs", "startup", "scaling")
 
@@ -49,8 +47,7 @@ def main() -> None:
 def prepare(folder: Path) -> None:
     """Shards of photographs, and random weights, for all sections."""
     make_photographs(folder / "images", 64)
-    command = [sys.executable, "convert/imagefolder_to_mds.py", folder / "images", folder / "shards", "--resize", "384"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    write_shards("shards", SHORT)(folder)
     step.write_weights(folder)
 
 
@@ -63,11 +60,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         beside = step.trainer_beside(folder, arguments.batch, arguments.turns + 1)
         found["step"] = {
             "ratios": step.ratios(beside),
-            "seconds": {p: {k: summary(v) for k, v in s.items()} for p, s in beside.seconds.items()},
+            "seconds": {phase: show(f"a step: {phase}", seconds) for phase, seconds in beside.seconds.items()},
             "deviation": beside.deviation,
         }
-        for phase, seconds in beside.seconds.items():
-            show(f"a step: {phase}", seconds)
         worst = {name: max(deviations.values()) for name, deviations in beside.deviation.items()}
         console.print(f"largest deviation of a loss from the Trainer's: {worst}")
         if "limits" in arguments.sections:
@@ -77,12 +72,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         found["memory"] = step.memory(folder, max(1, arguments.batch // 2))
         show_memory(found["memory"])
     if "costs" in arguments.sections:
-        step_seconds = beside.seconds["+ GAN"] if "step" in found else None
-        found["costs"] = costs.measure("ViTB", arguments.turns, step_seconds)
+        found["costs"] = costs.measure(arguments.turns, beside.seconds["+ GAN"] if "step" in found else None)
     if "startup" in arguments.sections:
-        seconds = startup.start_up(folder, 2)
-        found["startup"] = {name: summary(values) for name, values in seconds.items()}
-        show("start-up", seconds)
+        found["startup"] = show("start-up", startup.start_up(folder))
     if "scaling" in arguments.sections:
         found["scaling"] = scaling.scaling(folder)
         found["projected efficiency"] = scaling.projections()

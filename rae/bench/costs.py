@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rae.algorithms.ema import update_ema
 from rae.autoencoder.decoder import SIZES, Decoder
-from rae.bench.measure import Seconds, console, device, in_turns, show, summary
+from rae.bench.measure import Seconds, Summary, console, device, in_turns, show
 from rae.config.loading import load_config
 from rae.plan.clock import Clock
 from rae.plan.meter import networks_of, tensors_of
@@ -24,15 +24,11 @@ from rae.plan.step import Layout, Simulation
 from rae.survival.checkpoints import STATE, seal
 
 
-def measure(size: str, repeats: int, step: Seconds | None = None) -> dict[str, Any]:
+def measure(repeats: int, step: Seconds | None = None) -> dict[str, Any]:
     """All of it, printed and returned; ``step`` compares the average with a measured step at the bench's sizes."""
-    networks = weights(size)
-    ema = ema_cost(networks, repeats)
-    found = {
-        "ema": {name: summary(values) for name, values in ema.items()},
-        "checkpoint GB": checkpoint_bytes(),
-        "checkpoint": {name: summary(values) for name, values in checkpoint_cost(networks, repeats).items()},
-    }
+    networks = weights("ViTB")
+    found: dict[str, Any] = {"ema": ema_cost(networks, repeats), "checkpoint GB": checkpoint_bytes()}
+    found["checkpoint"] = checkpoint_cost(networks, repeats)
     if step is not None:
         found["ema, share of a step"] = ema_share(step)
     return found
@@ -40,10 +36,8 @@ def measure(size: str, repeats: int, step: Seconds | None = None) -> dict[str, A
 
 def ema_share(step: Seconds) -> float:
     """The average's part of the measured GAN-phase step, with the decoder of that step."""
-    weights = [
-        p.detach().to(device())
-        for p in Decoder(384, 256, embed_dim=512, depth=8, num_heads=8, mlp_dim=2048).parameters()
-    ]
+    decoder = Decoder(384, 256, embed_dim=512, depth=8, num_heads=8, mlp_dim=2048)
+    weights = [p.detach().to(device()) for p in decoder.parameters()]
     average = [p.clone() for p in weights]
     seconds = in_turns({"ours": lambda: update_ema(average, weights, 0.9978)}, 5)["ours"]
     share = statistics.median(seconds) / statistics.median(step["Trainer"])
@@ -66,7 +60,7 @@ def weights(size: str) -> dict[str, list[Tensor]]:
     }
 
 
-def ema_cost(networks: dict[str, list[Tensor]], repeats: int) -> Seconds:
+def ema_cost(networks: dict[str, list[Tensor]], repeats: int) -> dict[str, Summary]:
     """One update of the average: ours, Composer's over the same weights, and one over all weights."""
     average = [p.clone() for p in networks["decoder"]]
     decoder = nn.ParameterList(networks["decoder"])
@@ -81,8 +75,7 @@ def ema_cost(networks: dict[str, list[Tensor]], repeats: int) -> Seconds:
         },
         repeats,
     )
-    show("EMA, a step", seconds)
-    return seconds
+    return show("EMA, a step", seconds)
 
 
 def checkpoint_bytes() -> dict[str, list[float]]:
@@ -104,7 +97,7 @@ def checkpoint_bytes() -> dict[str, list[float]]:
     return found
 
 
-def checkpoint_cost(networks: dict[str, list[Tensor]], repeats: int) -> Seconds:
+def checkpoint_cost(networks: dict[str, list[Tensor]], repeats: int) -> dict[str, Summary]:
     """Writing it: ours with its seal (hash and fsync), the naive one without."""
     copies = {"decoder": 4, "discriminator's heads": 3}  # weights, Adam's two moments, the decoder's average
     careful = [t.clone() for name, n in copies.items() for t in n * networks[name]]
@@ -119,5 +112,4 @@ def checkpoint_cost(networks: dict[str, list[Tensor]], repeats: int) -> Seconds:
 
         seconds = in_turns({"ours, sealed": ours, "naive": lambda: torch.save(naive, files["naive"])}, repeats)
         sizes = {key: f"{file.stat().st_size / 1e6:,.0f}" for key, file in files.items()}
-        show("checkpoint, writing", seconds, MB=sizes)
-    return seconds
+        return show("checkpoint, writing", seconds, MB=sizes)

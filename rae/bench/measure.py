@@ -54,13 +54,16 @@ def ratios_of(seconds: Seconds, name: str, other: str) -> list[float]:
     return [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    """Median, least and largest."""
+Summary = dict[str, float]
+"""Median, least and largest."""
+
+
+def summary(values: list[float]) -> Summary:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def show(title: str, seconds: Seconds, **columns: dict[str, str]) -> None:
-    """A table of medians, ranges, and ratios to the first row."""
+def show(title: str, seconds: Seconds, **columns: dict[str, str]) -> dict[str, Summary]:
+    """Print a table of medians, ranges, and ratios to the first row; returns what sums up each row."""
     table = Table("", "median ms", "range", "× the first", *columns, title=title)
     first = next(iter(seconds))
     for name, values in seconds.items():
@@ -69,6 +72,7 @@ def show(title: str, seconds: Seconds, **columns: dict[str, str]) -> None:
         median, ratio = statistics.median(values), statistics.median(ratios_of(seconds, name, first))
         table.add_row(name, f"{median * 1e3:,.1f}", spread, f"{ratio:.2f}", *cells)
     console.print(table)
+    return {name: summary(values) for name, values in seconds.items()}
 
 
 def peak_memory(run: Callable[[], Any]) -> int:

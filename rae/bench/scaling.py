@@ -97,7 +97,6 @@ def scaling(folder: Path) -> dict[str, dict[str, Any]]:
         results[layout] = {
             "seconds": statistics.median(measured["seconds"][1:]),
             "bytes": measured["steps"][-1],
-            "efficiency": 0.0,
         }
     for result in results.values():
         result["efficiency"] = results["one rank"]["seconds"] / result["seconds"]
@@ -112,17 +111,17 @@ UTILISATION = 0.35
 """The share of an H100's bf16 peak that a step is assumed to reach; a faster step hides less."""
 
 
-def projections(images: tuple[int, ...] = (64, 16)) -> dict[str, dict[str, dict[int, float]]]:
+def projections() -> dict[str, dict[str, dict[int, float]]]:
     """Efficiency of the published recipe's GAN phase by images a GPU and decoder, with DDP on 8, 64 and 512 GPUs."""
-    found: dict[str, dict[str, dict[int, float]]] = {str(n): {} for n in images}
+    found: dict[str, dict[str, dict[int, float]]] = {"64": {}, "16": {}}
     for size in SIZES:
         with published(size) as simulation:
             operations = sum(simulation.operations(simulation.clock.steps - 1).values())
             trained = {name: count for name, (count, is_trained) in simulation.parameters().items() if is_trained}
             last_layer = simulation.model.rae.decoder.head.weight.numel()
-        for n in images:
-            exposed = trained["discriminator's heads"] + 2 * last_layer
-            found[str(n)][size] = projected(trained["decoder"], exposed, n * operations)
+        exposed = trained["discriminator's heads"] + 2 * last_layer
+        for images, sizes in found.items():
+            sizes[size] = projected(trained["decoder"], exposed, int(images) * operations)
     return found
 
 

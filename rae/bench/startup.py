@@ -29,8 +29,8 @@ print("step 1 ", flush=True)
 """
 
 
-def start_up(folder: Path, repeats: int) -> Seconds:
-    """Seconds until the first step is done, and until help is printed, in turns."""
+def start_up(folder: Path) -> Seconds:
+    """Seconds until the first step is done, and until help is printed, in two turns."""
     config = folder / "startup.yaml"
     wanted = settings(folder, 1, 1)
     wanted["loggers"] = {"console": {}}
@@ -43,7 +43,7 @@ def start_up(folder: Path, repeats: int) -> Seconds:
         "python -m rae --help": ([sys.executable, "-m", "rae", "--help"], "show this help"),
     }
     seconds: Seconds = {name: [] for name in commands}
-    for _ in range(repeats):
+    for _ in range(2):
         for name, (command, line) in commands.items():
             seconds[name].append(_seconds_to(command, line))
     return seconds
