@@ -15,7 +15,7 @@ from rae.callbacks.progress import step_operations
 from rae.config.errors import UserError
 from rae.config.loading import load_config
 from rae.config.sections import Config
-from rae.plan import Options, plan, show
+from rae.plan import plan, show
 from rae.plan.clock import Clock
 from rae.plan.gpus import GPUS
 from rae.plan.meter import Meter
@@ -47,7 +47,7 @@ def trainer_of(settings: dict):
 
 
 def planned(settings: dict, path, **options) -> dict:
-    return plan(write_yaml(settings, path), [], Options(**options))
+    return plan(write_yaml(settings, path), [], **options)
 
 
 @pytest.mark.parametrize(("microbatch", "checkpointing"), [(8, False), (4, True)])
@@ -200,7 +200,7 @@ def test_shipped_configurations_offline(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     overrides = SMALL + (SMALL_D if name != "rae_demo" else ["data.train.path=no/data", "data.eval.path=no/data/eval"])
     began = time.monotonic()
-    found = plan(f"yamls/{name}.yaml", overrides, Options(gpus=1, kinds=("H100",)))
+    found = plan(f"yamls/{name}.yaml", overrides, gpus=1, kinds=("H100",))
     assert time.monotonic() - began < 60
     assert found["images"] is None
     assert all(each["fault"] for each in found["data"])

@@ -20,7 +20,7 @@ from rae.bench.measure import Seconds, Summary, console, device, in_turns, show
 from rae.config.loading import load_config
 from rae.plan.clock import Clock
 from rae.plan.meter import networks_of, tensors_of
-from rae.plan.step import Layout, Simulation
+from rae.plan.step import Simulation
 from rae.survival.checkpoints import STATE, seal
 
 
@@ -48,7 +48,7 @@ def ema_share(step: Seconds) -> float:
 def published(size: str) -> Simulation:
     """The published recipe with this decoder; a context, see :class:`rae.plan.step.Simulation`."""
     config = load_config("yamls/rae_dino_b.yaml", [f"model.decoder.size={size}"])
-    return Simulation(config, Clock(None, config.data.batch_size, config.trainer["max_duration"]), Layout())
+    return Simulation(config, Clock(None, config.data.batch_size, config.trainer["max_duration"]))
 
 
 def weights(size: str) -> dict[str, list[Tensor]]:

@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--utilisation", type=float, default=0.4, metavar="SHARE", help="of the GPU's peak (default: %(default)s)"
     )
     parser.add_argument("--images", type=int, metavar="N", help="of an epoch, when the data cannot be reached here")
-    parser.add_argument("--bench", type=Path, metavar="FILE", help="a benchmark (default: runs/bench/bench.json)")
+    bench = Path("runs/bench/bench.json")
+    parser.add_argument("--bench", type=Path, default=bench, metavar="FILE", help="a benchmark (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="store all figures there; local or s3://…")
 
 
@@ -47,11 +48,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_counts(arguments, "gpus", "images")
     if not 0 < arguments.utilisation <= 1:
         raise UserError(f"--utilisation must be above 0 and at most 1, not {arguments.utilisation}")
-    from rae.plan import Options, plan, show
+    from rae.plan import plan, show
 
-    options = Options(arguments.gpus, tuple(arguments.gpu), arguments.utilisation, arguments.images)
-    options.bench = arguments.bench or options.bench
-    found = plan(arguments.yaml, arguments.overrides, options)
+    asked = {"gpus": arguments.gpus, "kinds": arguments.gpu, "images": arguments.images, "bench": arguments.bench}
+    found = plan(arguments.yaml, arguments.overrides, utilisation=arguments.utilisation, **asked)
     show(found)
     if arguments.json:
         with written(arguments.json, "--json") as path:

@@ -3,7 +3,7 @@
 May import: config, survival, autoencoder, data, algorithms, callbacks, training.
 """
 
-from rae.plan.report import Options, plan
+from rae.plan.report import plan
 from rae.plan.tables import show
 
-__all__ = ["Options", "plan", "show"]
+__all__ = ["plan", "show"]

@@ -1,5 +1,6 @@
 """What named GPUs can do, from their makers' data sheets: dense rates, without sparsity."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rae.config.errors import UserError
@@ -38,7 +39,7 @@ GPUS = {
 """H100, H200 and B200 are the SXM modules."""
 
 
-def chosen(names: list[str]) -> dict[str, GPU]:
+def chosen(names: Iterable[str]) -> dict[str, GPU]:
     """The GPUs of these names, in any case; all of them for none.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -17,31 +18,12 @@ from rae.config.sections import Config, Model
 from rae.plan.clock import Clock
 from rae.plan.data import DataSet, epoch_images, hold_latents, survey
 from rae.plan.gpus import GPU, chosen
-from rae.plan.step import Layout, Simulation, checkpointing_of
+from rae.plan.step import Simulation, checkpointing_of
 from rae.survival.storage import is_remote
-from rae.training.checks import check
+from rae.training.checks import check, in_epochs
 
 RESERVE = 2e9
 """Bytes beside tensors: the GPU's context, workspaces of cuDNN and NCCL, gaps between blocks. An assumption."""
-
-
-@dataclass
-class Options:
-    """What is asked beside the configuration.
-
-    Args:
-        gpus: GPUs of the run; None is 8 with ``parallelism: fsdp``, otherwise 1.
-        kinds: names of GPUs; empty for all that are known.
-        utilisation: share of the GPU's peak that training reaches.
-        images: of an epoch, where the data cannot be reached.
-        bench: the last benchmark's figures.
-    """
-
-    gpus: int | None = None
-    kinds: tuple[str, ...] = ()
-    utilisation: float = 0.4
-    images: int | None = None
-    bench: Path = Path("runs/bench/bench.json")
 
 
 @dataclass
@@ -64,24 +46,39 @@ class Phase:
         return sum(self.gflops.values()) * 1e9
 
 
-def plan(yaml: str, overrides: list[str], options: Options) -> dict[str, Any]:
+def plan(
+    yaml: str,
+    overrides: list[str],
+    gpus: int | None = None,
+    kinds: Sequence[str] = (),
+    utilisation: float = 0.4,
+    images: int | None = None,
+    bench: Path | None = None,
+) -> dict[str, Any]:
     """Everything about the run, as plain numbers: what ``--json`` stores.
 
+    Args:
+        gpus: GPUs of the run; None is 8 with ``parallelism: fsdp``, otherwise 1.
+        kinds: names of GPUs; empty for all that are known.
+        utilisation: share of the GPU's peak that training reaches.
+        images: of an epoch, where the data cannot be reached.
+        bench: the last benchmark's figures.
+
     Raises:
-        UserError: a mistake in the configuration or the options.
+        UserError: a mistake in the configuration or the arguments.
     """
-    kinds = chosen(list(options.kinds))
+    known = chosen(kinds)
     config = load_config(yaml, overrides)
     config.trainer.pop("device", None)  # this machine's GPU is not the run's
     replicas = config.fsdp.pop("replicas", 1)
     check(config, data=False)
     config.trainer["precision"] = config.trainer.get("precision") or "amp_bf16"
-    gpus = options.gpus or (8 if config.parallelism == "fsdp" else 1)
+    gpus = gpus or (8 if config.parallelism == "fsdp" else 1)
     sizes = _batch_sizes(config, gpus)
     if gpus % replicas:
         raise UserError(f"fsdp.replicas: {gpus} GPUs (--gpus) cannot be split into {replicas} equal groups")
     found = survey(config)
-    images = options.images or epoch_images(config, found)
+    images = images or epoch_images(config, found)
     clock = Clock(images, config.data.batch_size, str(config.trainer["max_duration"]))
     if clock.steps_per_epoch < 1:
         raise UserError(f"data.batch_size: an epoch of {images:,} images is less than one batch")
@@ -102,9 +99,9 @@ def plan(yaml: str, overrides: list[str], options: Options) -> dict[str, Any]:
         "phases": _phases(phases, clock),
         "steps": clock.steps if clock.known else None,
         "checkpoints": _checkpoints(config, clock, saved),
-        "hours": _hours(config, clock, phases, gpus, options.utilisation, kinds, memory),
-        "utilisation": options.utilisation,
-        "measured": [*_bench(options.bench, clock, phases), *_log(config, clock, phases)],
+        "hours": _hours(config, clock, phases, gpus, utilisation, known, memory),
+        "utilisation": utilisation,
+        "measured": [*(_bench(bench, clock, phases) if bench else []), *_log(config, clock, phases)],
     }
 
 
@@ -173,7 +170,7 @@ def _simulate(
     memory = {}
     for parallelism, shards in layouts.items():
         for checkpointing in (False, True) if configured is not None else (False,):
-            with Simulation(config, clock, Layout(shards, checkpointing), hold_latents(found)) as simulation:
+            with Simulation(config, clock, shards, checkpointing, hold_latents(found)) as simulation:
                 held = simulation.held()
                 if (parallelism, checkpointing) == ("ddp", wanted[1]):
                     parameters, saved = simulation.parameters(), simulation.saved()
@@ -235,8 +232,7 @@ def _checkpoints(config: Config, clock: Clock, size: int) -> dict[str, Any]:
     found: dict[str, Any] = {"bytes": size, "folder": folder, "number": None, "kept": None, "uploaded": None}
     if folder is None:
         return {**found, "number": 0, "kept": 0, "uploaded": 0}
-    interval = str(config.trainer.get("save_interval", "1ep"))
-    interval = f"{interval}ep" if interval.isdigit() else interval
+    interval = str(in_epochs(config.trainer.get("save_interval", "1ep")))
     if not clock.comparable or Time.from_timestring(interval).unit.value in ("sec", "iter"):
         return found
     every = clock.step_of(interval, "trainer.save_interval")
@@ -314,14 +310,8 @@ def _log(config: Config, clock: Clock, phases: list[Phase]) -> list[dict[str, An
     middle = {name: statistics.median(values) for name, values in rates.items()}
     speed = statistics.median(middle[phase.name] * phase.operations for phase in phases if phase.name in middle)
     hours = _hours_of(clock, phases, {phase.name: speed / phase.operations for phase in phases} | middle)
-    return [
-        {
-            "source": str(path),
-            "images a second": middle,
-            "gflops a second": speed / 1e9,
-            "hours": _total(hours),
-        }
-    ]
+    found = {"source": str(path), "images a second": middle, "gflops a second": speed / 1e9}
+    return [{**found, "hours": _total(hours)}]
 
 
 def _throughputs(path: Path) -> list[tuple[int, float]]:

@@ -11,7 +11,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,19 +46,6 @@ def _unallocated(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
-@dataclass
-class Layout:
-    """How a run's memory is spread.
-
-    Args:
-        shards: GPUs that share a copy of what is trained; 1 without FSDP.
-        checkpointing: of the decoder's activations.
-    """
-
-    shards: int = 1
-    checkpointing: bool = False
-
-
 class Simulation:
     """A run's model, algorithms and optimizer, ready to take steps.
 
@@ -68,18 +54,22 @@ class Simulation:
     Args:
         config: the run's.
         clock: where training is at which step.
-        layout: see :class:`Layout`.
+        shards: GPUs that share a copy of what is trained; 1 without FSDP.
+        checkpointing: of the model's activations.
         latents: the data hold them, so that the encoder does not run.
     """
 
-    def __init__(self, config: Config, clock: Clock, layout: Layout, latents: bool = False):
-        self.config, self.clock, self.layout, self.latents = config, clock, layout, latents
+    def __init__(
+        self, config: Config, clock: Clock, shards: int = 1, checkpointing: bool = False, latents: bool = False
+    ):
+        self.config, self.clock, self.shards, self.latents = config, clock, shards, latents
+        self.checkpointing = checkpointing
         self.meter = Meter()
         self.fake = FakeTensorMode()
 
     def __enter__(self) -> "Simulation":
-        self.model, self.algorithms = modules(self.config, self.clock, self.layout.checkpointing)
-        self._group = _silent_group(self.layout.shards)
+        self.model, self.algorithms = modules(self.config, self.clock, self.checkpointing)
+        self._group = _silent_group(self.shards)
         self.mesh = self._group.__enter__()
         self.fake.__enter__()
         self.meter.__enter__()
@@ -98,7 +88,7 @@ class Simulation:
         for algorithm in self.algorithms:
             if isinstance(getattr(algorithm, "discriminator", None), nn.Module):
                 unallocated(algorithm.discriminator)  # type: ignore[attr-defined]
-        if self.layout.shards > 1:
+        if self.shards > 1:
             _shard(self.model, self.config, self.mesh)
         self.optimizer = build(
             "optimizer",
