@@ -48,6 +48,21 @@ def nonfinite_weights(state: State) -> list[str]:
     return [name for (name, _), finite in zip(named, norms, strict=True) if not finite]
 
 
+class Mean:
+    """Of durations, without the first if there are others: that one loads, compiles and fills caches."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.first = 0, 0.0, 0.0
+
+    def add(self, seconds: float) -> None:
+        self.first = self.first if self.count else seconds
+        self.count, self.total = self.count + 1, self.total + seconds
+
+    @property
+    def value(self) -> float:
+        return (self.total - self.first) / (self.count - 1) if self.count > 1 else self.first
+
+
 class Checkpointer(Callback):
     """Save the run every ``interval``, and when it is told to stop (SIGTERM, SIGINT). Always on.
 
@@ -74,8 +89,8 @@ class Checkpointer(Callback):
         # Who moves what all have written to its place: one for each disk.
         self.mover = (dist.get_local_rank() if self.remote else dist.get_global_rank()) == 0
         self.interval, self.due = interval, create_interval_scheduler(interval)
-        self.saves, self.seconds = 0, 0.0
-        """How many checkpoints this start has saved, and how long that took."""
+        self.saves = Mean()
+        """How long this start's saves took."""
         self.saved_at: tuple[int, int] | None = None
         self.uploader = Uploader(folder, upload_attempts) if self.remote else None
         self.stop = StopRequest()
@@ -141,7 +156,7 @@ class Checkpointer(Callback):
             return
         begun = time.perf_counter()
         self._save(state)
-        self.saves, self.seconds = self.saves + 1, self.seconds + time.perf_counter() - begun
+        self.saves.add(time.perf_counter() - begun)
 
     def _save(self, state: State) -> None:
         broken = sorted({name for names in dist.all_gather_object(nonfinite_weights(state)) for name in names})

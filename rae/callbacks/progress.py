@@ -14,23 +14,8 @@ from torch import Tensor
 
 from rae.algorithms.base import precision_context, unwrapped
 from rae.callbacks import operations
-from rae.callbacks.checkpointer import Checkpointer
+from rae.callbacks.checkpointer import Checkpointer, Mean
 from rae.config.times import in_steps
-
-
-class Mean:
-    """Of durations, without the first if there are others: that one loads, compiles and fills caches."""
-
-    def __init__(self) -> None:
-        self.count, self.total, self.first = 0, 0.0, 0.0
-
-    def add(self, seconds: float) -> None:
-        self.first = self.first if self.count else seconds
-        self.count, self.total = self.count + 1, self.total + seconds
-
-    @property
-    def value(self) -> float:
-        return (self.total - self.first) / (self.count - 1) if self.count > 1 else self.first
 
 
 @dataclass(frozen=True)
@@ -72,20 +57,18 @@ def time_left(now: int, end: int, parts: list[Part], steps: Mapping[int, Mean], 
         pauses: (how many are to come, how long those before took).
     """
     begins = sorted({0, *(part.start for part in parts)})
-    seconds = measured = 0.0
+    measured = projected = 0.0
     reference = max(steps)
     for begin, next_begin in zip(begins, [*begins[1:], end], strict=True):
         count = max(0, min(next_begin, end) - max(begin, now))
         if begin in steps:
             measured += count * steps[begin].value
-            seconds += count * steps[begin].value
         else:
             factor = _operations(parts, begin) / _operations(parts, reference)
-            seconds += count * steps[reference].value * factor
-    for count, mean in pauses:
-        measured += count * mean.value
-        seconds += count * mean.value
+            projected += count * steps[reference].value * factor
+    measured += sum(count * mean.value for count, mean in pauses)
     complete = all(mean.count or not count for count, mean in pauses)
+    seconds = measured + projected
     return Left(seconds, measured / seconds if seconds else 1.0, complete)
 
 
@@ -105,18 +88,17 @@ class Progress(Callback):
     Args:
         batch_size: over all ranks.
         eval_interval: a time string.
-        clock: seconds.
     """
 
-    def __init__(self, batch_size: int, eval_interval: str, clock: Callable[[], float] = time.perf_counter):
-        self.batch_size, self.eval_interval, self.clock = batch_size, eval_interval, clock
+    def __init__(self, batch_size: int, eval_interval: str):
+        self.batch_size, self.eval_interval = batch_size, eval_interval
         self.steps: dict[int, Mean] = {}
-        self.evaluations, self.checkpoints = Mean(), Mean()
+        self.evaluations = Mean()
+        self.checkpointer: Checkpointer | None = None
         self.parts: list[Part] = []
         self.end: int | None = None
         self.left: Left | None = None
-        self.mark = self.spent = self.saving = 0.0
-        self.saves = 0
+        self.mark = self.spent = self.saved = 0.0
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
@@ -129,16 +111,17 @@ class Progress(Callback):
             self.evaluations.add(self._lap())
 
     def _lap(self) -> float:
-        before, self.mark = self.mark, self.clock()
+        before, self.mark = self.mark, time.perf_counter()
         return self.mark - before
 
     def _start(self, state: State) -> None:
         assert state.max_duration is not None
         self.end = self._step_of(state.max_duration.to_timestring(), state)
+        self.checkpointer = next((c for c in state.callbacks if isinstance(c, Checkpointer)), None)
         if self.end is not None and self._changes(state):
             parts = [(self._step_of(when, state), n) for when, n in step_operations(state).items()]
             self.parts = [Part(start, n) for start, n in parts if start is not None and start < self.end]
-        self.mark, self.spent = self.clock(), 0.0
+        self.mark, self.spent = time.perf_counter(), 0.0
 
     def _changes(self, state: State) -> bool:
         """Whether steps to come are of another phase."""
@@ -152,7 +135,7 @@ class Progress(Callback):
 
     def _end_step(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
-        seconds = self.spent + self._lap() - self._saved(state)
+        seconds = self.spent + self._lap() - self._saving()
         self.spent = 0.0
         phase = max((part.start for part in self.parts if part.start < step), default=0)
         self.steps.setdefault(phase, Mean()).add(seconds)
@@ -161,16 +144,10 @@ class Progress(Callback):
             figures = {"time/remaining": self.left.seconds, "time/remaining_measured": self.left.measured}
             logger.log_metrics(figures)
 
-    def _saved(self, state: State) -> float:
-        """Seconds of this interval that went into checkpoints."""
-        checkpointer = next((c for c in state.callbacks if isinstance(c, Checkpointer)), None)
-        if checkpointer is None or checkpointer.saves == self.saves:
-            return 0.0
-        seconds, count = checkpointer.seconds - self.saving, checkpointer.saves - self.saves
-        for _ in range(count):
-            self.checkpoints.add(seconds / count)
-        self.saves, self.saving = checkpointer.saves, checkpointer.seconds
-        return seconds
+    def _saving(self) -> float:
+        """Seconds since the last step that went into checkpoints."""
+        before, self.saved = self.saved, self.checkpointer.saves.total if self.checkpointer else 0.0
+        return self.saved - before
 
     def _estimate(self, step: int, state: State) -> Left | None:
         assert state.max_duration is not None
@@ -182,9 +159,8 @@ class Progress(Callback):
         pauses = []
         if state.evaluators:
             pauses.append((self._times(self.eval_interval, step, state), self.evaluations))
-        for checkpointer in state.callbacks:
-            if isinstance(checkpointer, Checkpointer):
-                pauses.append((self._times(checkpointer.interval, step, state), self.checkpoints))
+        if self.checkpointer is not None:
+            pauses.append((self._times(self.checkpointer.interval, step, state), self.checkpointer.saves))
         return time_left(step, self.end, self.parts, self.steps, pauses)
 
     def _times(self, interval: str, step: int, state: State) -> int:
