@@ -13,8 +13,6 @@ from rae.autoencoder.backbones import TimmFeatures, read_state_dict, weight_file
 from rae.autoencoder.layers import Frozen, resize
 from rae.config.registry import register
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 class _Residual(nn.Module):
     def __init__(self, fn: nn.Module):
@@ -128,7 +126,7 @@ class _DINOFeatures(nn.Module):
 
     def __init__(self, backbone: VisionTransformer, blocks: list[int]):
         super().__init__()
-        mean, std = torch.tensor(IMAGENET_MEAN).view(-1, 1, 1), torch.tensor(IMAGENET_STD).view(-1, 1, 1)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, -1, 1, 1)  # ImageNet's
         self.register_buffer("scale", 0.5 / std)
         self.register_buffer("shift", (0.5 - mean) / std)
         self.backbone, self.blocks = backbone, blocks

@@ -51,15 +51,6 @@ class JSONLines(LoggerDestination):
         part.replace(self.path)  # a kill in between loses nothing
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self._flush(state)
-
-    def eval_end(self, state: State, logger: Logger) -> None:
-        self._flush(state)
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self._flush(state)  # what the last epoch's end had to say
-
-    def _flush(self, state: State) -> None:
         if not self.pending:
             return
         record = {"batch": int(state.timestamp.batch), **self.pending}
@@ -67,6 +58,8 @@ class JSONLines(LoggerDestination):
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         self.pending = {}
+
+    eval_end = fit_end = batch_end  # at the fit's end it is what the last epoch's end had to say
 
 
 def number(value: Any) -> Any:

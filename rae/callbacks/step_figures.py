@@ -96,7 +96,8 @@ class StepFigures(Callback):
         total = self.mine.clone()
         dist.all_reduce(total)
         # With fp16, gradients that overflow are the scaler's to skip.
-        judged = total[: sum(name.startswith("loss/") for name in self.names)] if _scaled(state) else total
+        scaled = state.precision == Precision.AMP_FP16
+        judged = total[: sum(name.startswith("loss/") for name in self.names)] if scaled else total
         self.bad = (~judged.isfinite()).any().float()
         self.readout = Readout(torch.cat([total, self.bad[None]]))
 
@@ -134,10 +135,6 @@ class StepFigures(Callback):
         named = zip(self.ledger.streams, counts.tolist(), strict=True)
         logger.log_metrics({f"data/samples/{name}": count for name, count in named})
         self.ledger.samples.clear()
-
-
-def _scaled(state: State) -> bool:
-    return state.precision == Precision.AMP_FP16
 
 
 def _shards(gradients: list[Tensor]) -> int:

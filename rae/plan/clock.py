@@ -29,10 +29,6 @@ class Clock:
     """Of the times that were asked for."""
 
     @property
-    def max_duration(self) -> Time:
-        return Time.from_timestring(self.duration)
-
-    @property
     def steps_per_epoch(self) -> int:
         """Whole batches; nominal when the number of images is unknown."""
         return NOMINAL if self.images is None else self.images // self.batch_size

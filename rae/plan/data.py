@@ -69,8 +69,3 @@ def epoch_images(config: Config, found: list[DataSet]) -> int | None:
             return None
         total += stream.choose or (size or 0) * (stream.repeat or 1)
     return int(total)
-
-
-def hold_latents(found: list[DataSet]) -> bool:
-    """Whether the data to train on do."""
-    return any(each.latent for each in found if each.name.startswith("data.train"))

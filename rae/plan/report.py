@@ -16,7 +16,7 @@ from rae.config.loading import load_config
 from rae.config.registry import find
 from rae.config.sections import Config, Model
 from rae.plan.clock import Clock
-from rae.plan.data import DataSet, epoch_images, hold_latents, survey
+from rae.plan.data import DataSet, epoch_images, survey
 from rae.plan.gpus import GPU, chosen
 from rae.plan.step import Simulation, checkpointing_of
 from rae.survival.storage import is_remote
@@ -165,12 +165,13 @@ def _simulate(
         layouts: ``ddp`` and ``fsdp`` -> GPUs that share a copy of the weights.
     """
     images, several = sizes["microbatch"], sizes["microbatches"] > 1
+    latents = any(each.latent for each in found if each.name.startswith("data.train"))
     configured = checkpointing_of(config)
     wanted = (config.parallelism if len(layouts) > 1 else "ddp", bool(configured))
     memory = {}
     for parallelism, shards in layouts.items():
         for checkpointing in (False, True) if configured is not None else (False,):
-            with Simulation(config, clock, shards, checkpointing, hold_latents(found)) as simulation:
+            with Simulation(config, clock, shards, checkpointing, latents) as simulation:
                 held = simulation.held()
                 if (parallelism, checkpointing) == ("ddp", wanted[1]):
                     parameters, saved = simulation.parameters(), simulation.saved()

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class Simulation:
             rank_zero_seed=0,
             run_name="plan",
             device=DeviceCPU(),
-            max_duration=self.clock.max_duration,
+            max_duration=self.clock.duration,
             precision=Precision(self.config.trainer["precision"]),
             optimizers=self.optimizer,
             algorithms=self.algorithms,
@@ -172,13 +172,9 @@ class Simulation:
         with meter.watch(bytes_, "backward"):
             state.loss["total"].backward()  # type: ignore[index]
 
-    def counting(self) -> AbstractContextManager[dict[str, int]]:
-        """See :meth:`Meter.counting`."""
-        return self.meter.counting(networks_of(self.model, self.algorithms))
-
     def operations(self, at: int, images: int = 1) -> dict[str, float]:
         """Network -> floating-point operations an image, of a step after ``at`` finished ones."""
-        with self.counting() as counts:
+        with self.meter.counting(networks_of(self.model, self.algorithms)) as counts:
             self.step(at, images)
         return {name: count / images for name, count in counts.items()}
 
@@ -255,8 +251,8 @@ def _shard(model: Any, config: Config, mesh: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # FSDP2's notice that it is experimental
         fsdp = FSDP2Config(device_mesh=mesh, **wanted)
-    for child in (model.network,):
-        prepare_fully_shard(child, fsdp, Precision(config.trainer["precision"]), generate_composer_model_policy(model))
+    precision = Precision(config.trainer["precision"])
+    prepare_fully_shard(model.network, fsdp, precision, generate_composer_model_policy(model))
 
 
 @contextmanager

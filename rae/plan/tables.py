@@ -101,7 +101,8 @@ def _hours(plan: dict[str, Any]) -> Table:
     _right(table, 4, len(columns))
     table.columns[0].no_wrap = True
     for name, each in plan["hours"].items():
-        fits = "yes" if each["fits"] else f"[red]no[/]{_instead(each['layouts that fit'])}"
+        instead = [f"{layout} would" for layout in each["layouts that fit"][:1]]
+        fits = "yes" if each["fits"] else "; ".join(["[red]no[/]", *instead])
         if known:
             total = each["total"]
             cells = [f"{hours:,.1f}" for hours in each["hours"].values()]
@@ -110,10 +111,6 @@ def _hours(plan: dict[str, Any]) -> Table:
             cells = [f"{rate:,.0f}" for rate in each["images a second"].values()]
         table.add_row(name, f"{each['memory']:g}", f"{each['tflops']:,.0f}", fits, *cells)
     return table
-
-
-def _instead(layouts: list[str]) -> str:
-    return f"; {layouts[0]} would" if layouts else ""
 
 
 def _checkpoints(found: dict[str, Any]) -> str:
