@@ -264,8 +264,7 @@ def ratios(beside: Beside) -> dict[str, dict[str, dict[str, float]]]:
     """Phase -> the textbook's time over the Trainer's, and the Trainer's over the bare loop's, turn by turn."""
     return {
         phase: {
-            "textbook / Trainer": summary(ratios_of(seconds, "textbook", "Trainer")),
-            "Trainer / bare": summary(ratios_of(seconds, "Trainer", "bare")),
+            f"{a} / {b}": summary(ratios_of(seconds, a, b)) for a, b in (("textbook", "Trainer"), ("Trainer", "bare"))
         }
         for phase, seconds in beside.seconds.items()
     }

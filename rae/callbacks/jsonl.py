@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,7 @@ class JSONLines(LoggerDestination):
         if dist.get_global_rank() != 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        done = int(state.timestamp.batch)
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                    if record["batch"] <= done:
-                        self.kept.append(record)
-                except (ValueError, KeyError):  # the line that a killed run left unfinished
-                    continue
+        self.kept = [record for record in read_lines(self.path) if record["batch"] <= int(state.timestamp.batch)]
         part = self.path.with_name(f".{self.path.name}")
         part.write_text("".join(json.dumps(record) + "\n" for record in self.kept))
         part.replace(self.path)  # a kill in between loses nothing
@@ -60,6 +53,15 @@ class JSONLines(LoggerDestination):
         self.pending = {}
 
     eval_end = fit_end = batch_end  # at the fit's end it is what the last epoch's end had to say
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What a file holds, line by line, but for a line that a killed run left unfinished; nothing if there is none."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if "batch" in record]
 
 
 def number(value: Any) -> Any:

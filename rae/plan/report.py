@@ -11,6 +11,7 @@ from typing import Any
 from composer import Time
 
 from rae.autoencoder.encoders.architectures import PUBLISHED
+from rae.callbacks.jsonl import read_lines
 from rae.config.errors import UserError
 from rae.config.loading import load_config
 from rae.config.registry import find
@@ -303,9 +304,10 @@ def _log(config: Config, clock: Clock, phases: list[Phase]) -> list[dict[str, An
     """What this run's own log measured (``speed_monitor``), phase by phase, and the hours that it makes."""
     path = Path(config.run_dir, "metrics.jsonl")
     rates: dict[str, list[float]] = {}
-    for batch, rate in _throughputs(path):
-        phase = next((p for p in reversed(phases) if batch > p.begin), phases[0])
-        rates.setdefault(phase.name, []).append(rate)
+    for record in read_lines(path):
+        if record.get("throughput/samples_per_sec"):
+            phase = next((p for p in reversed(phases) if record["batch"] > p.begin), phases[0])
+            rates.setdefault(phase.name, []).append(record["throughput/samples_per_sec"])
     if not rates:
         return []
     middle = {name: statistics.median(values) for name, values in rates.items()}
@@ -313,15 +315,3 @@ def _log(config: Config, clock: Clock, phases: list[Phase]) -> list[dict[str, An
     hours = _hours_of(clock, phases, {phase.name: speed / phase.operations for phase in phases} | middle)
     found = {"source": str(path), "images a second": middle, "gflops a second": speed / 1e9}
     return [{**found, "hours": _total(hours)}]
-
-
-def _throughputs(path: Path) -> list[tuple[int, float]]:
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-            if record.get("throughput/samples_per_sec"):
-                found.append((int(record["batch"]), float(record["throughput/samples_per_sec"])))
-        except (ValueError, KeyError, TypeError, AttributeError):  # the line that a killed run left unfinished
-            continue
-    return found

@@ -1,14 +1,17 @@
 """The plan as tables."""
 
+from functools import partial
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
 from rae.plan.report import RESERVE
 
 UNKNOWN = "unknown"
+size = partial(decimal, precision=2)
 
 
 def show(plan: dict[str, Any], console: Console | None = None) -> None:
@@ -130,14 +133,6 @@ def _measured(each: dict[str, Any]) -> str:
     hours = f"; at that rate this run takes {each['hours']:,.1f} hours" if each["hours"] is not None else ""
     rate = f"{each['gflops a second']:,.0f} GFLOP/s"
     return f"measured: {each['source']}: {f'{speeds}, ' if speeds else ''}{rate}{hours}"
-
-
-def size(number: float) -> str:
-    """Bytes for people."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if number >= factor:
-            return f"{number / factor:,.2f} {unit}"
-    return f"{number / 1e3:,.1f} kB"
 
 
 def _right(table: Table, begin: int, end: int) -> None:

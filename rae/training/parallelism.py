@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class HybridFSDP2Config(FSDP2Config):
         replicas: number of groups; 1 shards over all ranks.
     """
 
-    replicas: int = field(default=1)
+    replicas: int = 1
 
     @property
     def data_parallel_replicate_degree(self) -> int | None:

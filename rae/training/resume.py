@@ -55,7 +55,10 @@ def newest(folders: Sequence[str], scratch: Path, damaged: Literal["older", "sto
     for folder, checkpoint in sorted(found, key=lambda pair: (pair[1].age, pair[0] != folders[0]), reverse=True):
         path, fault = _fetched(folder, checkpoint, scratch)
         if not fault:
-            _unseal(skipped)
+            if dist.get_global_rank() == 0:  # or they would pass for newer or complete beside what this start will save
+                for skipped_folder, each in skipped:
+                    unseal(skipped_folder, each)
+            dist.barrier()
             return path
         skipped.append((folder, checkpoint))
         message = f"checkpoint {folder.rstrip('/')}/{checkpoint.name} is not used: {fault}"
@@ -66,14 +69,6 @@ def newest(folders: Sequence[str], scratch: Path, damaged: Literal["older", "sto
     if any(checkpoint.parts for _, checkpoint in found):
         raise UserError(f"no checkpoint in {folders[0]} is whole; remove them to start from the beginning")
     return None
-
-
-def _unseal(skipped: list[tuple[str, Listed]]) -> None:
-    """Keep what was not used from passing for newer or complete beside what this start will save."""
-    if dist.get_global_rank() == 0:
-        for folder, checkpoint in skipped:
-            unseal(folder, checkpoint)
-    dist.barrier()
 
 
 def used(folder: str) -> bool:
