@@ -14,7 +14,7 @@ from rae.__main__ import main
 from rae.callbacks.guard import Guard, can_skip_by_itself
 from rae.callbacks.histograms import spread_out, summary
 from rae.callbacks.jsonl import JSONLines
-from rae.callbacks.progress import Mean, Part, time_left
+from rae.callbacks.progress import Mean, time_left
 from rae.callbacks.referee import Referee
 from rae.config import registry
 from rae.config.errors import UserError
@@ -344,7 +344,7 @@ def mean_of(*seconds: float) -> Mean:
 
 
 def test_time_left_projects_phases_by_operations_until_they_are_measured():
-    parts = [Part(0, 1.0), Part(10, 1.0), Part(20, 2.0)]
+    parts = {0: 1.0, 10: 1.0, 20: 2.0}
     steps = {0: mean_of(9.0, 1.0, 1.0)}  # the first step warms up
     left = time_left(5, 40, parts, steps, [])
     assert left.seconds == 5 * 1 + 10 * 2 + 20 * 4

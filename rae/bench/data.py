@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from rae.bench.measure import console
 from rae.bench.photographs import photographs
 from rae.data import conversion
 from rae.data.dataset import open_dataset
@@ -259,7 +259,7 @@ def bench(folder: Path, count: int, turns: int) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> None:
     """Print the figures as tables."""
-    console, rows = Console(width=100), figures["loading"]
+    rows = figures["loading"]
     table = Table(
         "", "images/s", "× reference", "of bare decode", "converted/s", "MB on disk", "peak MB", title="one core"
     )

@@ -19,14 +19,6 @@ from rae.config.times import in_steps
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a step does from ``start`` (a number of finished steps) on, and its operations an image."""
-
-    start: int
-    operations: float
-
-
-@dataclass(frozen=True)
 class Left:
     """An estimate of the time to a run's end.
 
@@ -45,18 +37,20 @@ class Left:
         return f"{sign}{timedelta(seconds=round(self.seconds))} left"
 
 
-def time_left(now: int, end: int, parts: list[Part], steps: Mapping[int, Mean], pauses: list[tuple[int, Mean]]) -> Left:
+def time_left(
+    now: int, end: int, parts: Mapping[int, float], steps: Mapping[int, Mean], pauses: list[tuple[int, Mean]]
+) -> Left:
     """The time from step ``now`` to step ``end``.
 
     A phase that was not measured is projected from the last one that was, by its operations. A pause that was never
     measured is left out.
 
     Args:
-        parts: what steps are made of; each distinct ``start`` begins a phase.
+        parts: step at which a phase begins -> the operations that an image takes more from then on.
         steps: phase (the step at which it begins) -> its measured steps; at least one.
         pauses: (how many are to come, how long those before took).
     """
-    begins = sorted({0, *(part.start for part in parts)})
+    begins = sorted({0, *parts})
     measured = projected = 0.0
     reference = max(steps)
     for begin, next_begin in zip(begins, [*begins[1:], end], strict=True):
@@ -72,8 +66,8 @@ def time_left(now: int, end: int, parts: list[Part], steps: Mapping[int, Mean], 
     return Left(seconds, measured / seconds if seconds else 1.0, complete)
 
 
-def _operations(parts: list[Part], begin: int) -> float:
-    return sum(part.operations for part in parts if part.start <= begin)
+def _operations(parts: Mapping[int, float], begin: int) -> float:
+    return sum(more for start, more in parts.items() if start <= begin)
 
 
 class Progress(Callback):
@@ -95,7 +89,7 @@ class Progress(Callback):
         self.steps: dict[int, Mean] = {}
         self.evaluations = Mean()
         self.checkpointer: Checkpointer | None = None
-        self.parts: list[Part] = []
+        self.parts: dict[int, float] = {}
         self.end: int | None = None
         self.left: Left | None = None
         self.mark = self.spent = self.saved = 0.0
@@ -119,8 +113,10 @@ class Progress(Callback):
         self.end = self._step_of(state.max_duration.to_timestring(), state)
         self.checkpointer = next((c for c in state.callbacks if isinstance(c, Checkpointer)), None)
         if self.end is not None and self._changes(state):
-            parts = [(self._step_of(when, state), n) for when, n in step_operations(state).items()]
-            self.parts = [Part(start, n) for start, n in parts if start is not None and start < self.end]
+            for when, more in step_operations(state).items():
+                start = self._step_of(when, state)
+                if start is not None and start < self.end:
+                    self.parts[start] = self.parts.get(start, 0.0) + more
         self.mark, self.spent = time.perf_counter(), 0.0
 
     def _changes(self, state: State) -> bool:
@@ -137,7 +133,7 @@ class Progress(Callback):
         step = int(state.timestamp.batch)
         seconds = self.spent + self._lap() - self._saving()
         self.spent = 0.0
-        phase = max((part.start for part in self.parts if part.start < step), default=0)
+        phase = max((start for start in self.parts if start < step), default=0)
         self.steps.setdefault(phase, Mean()).add(seconds)
         self.left = self._estimate(step, state)
         if self.left is not None:

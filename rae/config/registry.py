@@ -1,4 +1,4 @@
-"""Named plugins, and the one way in which arguments from YAML are checked.
+"""Named plugins.
 
 A plugin is a class or function registered under a kind and a name. A configuration refers to it as
 ``{name: {argument: value}}``; the target's own signature is the schema. Composer's algorithms, callbacks
