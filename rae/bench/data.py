@@ -219,7 +219,7 @@ def codec_rates(folder: Path, processes: int) -> tuple[float, float]:
 
 def conversion_rates(folder: Path, workers: int) -> tuple[float, float]:
     """See :func:`_rates`: the whole conversion, from listing the folder to the index."""
-    count = sum(1 for _ in (folder / "images").rglob("*.jpg"))
+    count = len(list((folder / "images").rglob("*.jpg")))
     return _rates(count, lambda: write_shards("rate", SHORT, workers)(folder))
 
 
@@ -264,16 +264,10 @@ def show(figures: dict[str, Any]) -> None:
         "", "images/s", "× reference", "of bare decode", "converted/s", "MB on disk", "peak MB", title="one core"
     )
     for name, row in rows.items():
-        times, share = row["images_s"] / rows[REFERENCE]["images_s"], row["share"]
-        table.add_row(
-            name,
-            f"{row['images_s']:,.0f}",
-            f"{times:.2f}",
-            f"{share:.2f}" if share else "",
-            f"{row['converted_s']:,.0f}" if row["converted_s"] else "",
-            f"{row['mb']:.1f}",
-            f"{row['peak_mb']:.0f}",
-        )
+        speed = (f"{row['images_s']:,.0f}", f"{row['images_s'] / rows[REFERENCE]['images_s']:.2f}")
+        share = f"{row['share']:.2f}" if row["share"] else ""
+        converted = f"{row['converted_s']:,.0f}" if row["converted_s"] else ""
+        table.add_row(name, *speed, share, converted, f"{row['mb']:.1f}", f"{row['peak_mb']:.0f}")
     console.print(table)
     table = Table(
         *("processes", "images/s", "× one", "a CPU second", "codec's images/s", "× one", "a CPU second", "of codec"),
@@ -281,10 +275,9 @@ def show(figures: dict[str, Any]) -> None:
     )
     one = figures["conversion"][1]
     for workers, (rate, per_cpu, codec, codec_per_cpu) in figures["conversion"].items():
-        scaling, codec_scaling = rate / one[0], codec / one[2]
-        first, second = (f"{rate:,.0f}", f"{scaling:.2f}"), (f"{codec:,.0f}", f"{codec_scaling:.2f}")
-        per = f"{per_cpu / codec_per_cpu:.2f}"
-        table.add_row(str(workers), *first, f"{per_cpu:,.0f}", *second, f"{codec_per_cpu:,.0f}", per)
+        whole = (f"{rate:,.0f}", f"{rate / one[0]:.2f}", f"{per_cpu:,.0f}")
+        alone = (f"{codec:,.0f}", f"{codec / one[2]:.2f}", f"{codec_per_cpu:,.0f}")
+        table.add_row(str(workers), *whole, *alone, f"{per_cpu / codec_per_cpu:.2f}")
     console.print(table)
 
 

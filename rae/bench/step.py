@@ -49,14 +49,14 @@ def write_weights(folder: Path) -> None:
 
 def settings(folder: Path, batch: int, phase_steps: int, image_size: int = 256, depth: int = 8) -> dict[str, Any]:
     """The configuration of the measured run, with ``phase_steps`` steps in each of the three phases."""
-    d = {"dino": {"weights": "random", "patch_size": 16}}
+    gpu = torch.cuda.is_available()
     return {
         "run_name": "bench",
         "run_dir": str(folder / "run"),
         "data": {
             "image_size": image_size,
             "batch_size": batch,
-            "workers": 8 if torch.cuda.is_available() else 0,
+            "workers": 8 if gpu else 0,
             "train": {"path": str(folder / "shards"), "resize": image_size * 3 // 2},
         },
         "model": {
@@ -65,9 +65,9 @@ def settings(folder: Path, batch: int, phase_steps: int, image_size: int = 256, 
             "noise_tau": 0.8,
         },
         "algorithms": {
-            "perceptual": {"network": "vgg", "weights": str(folder / "vgg16.pth"), "chunk": chunk()},
+            "perceptual": {"network": "vgg", "weights": str(folder / "vgg16.pth"), "chunk": 8 if gpu else 1},
             "adversarial": {
-                "discriminator": d,
+                "discriminator": {"dino": {"weights": "random", "patch_size": 16}},
                 "schedule": {"constant_lr": {}},
                 "discriminator_start": f"{phase_steps}ba",
                 "start": f"{2 * phase_steps}ba",
@@ -77,11 +77,6 @@ def settings(folder: Path, batch: int, phase_steps: int, image_size: int = 256, 
         "loggers": {"jsonl": {}, "console": {"interval": "1000ba"}, "beside": {"phase_steps": phase_steps}},
         "trainer": {"max_duration": f"{3 * phase_steps}ba", "progress_bar": False, "save_folder": None},
     }
-
-
-def chunk() -> int:
-    """Images that go through LPIPS's network at a time: few on a CPU, whose caches are small."""
-    return 8 if torch.cuda.is_available() else 1
 
 
 @register("logger", "beside")

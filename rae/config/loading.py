@@ -23,7 +23,6 @@ def override(loaded: DictConfig, overrides: Iterable[str]) -> None:
     for each in overrides:
         if "=" not in each.lstrip("="):
             raise UserError(f"override {each!r} must have the form key=value or key.sub=value")
-    for each in overrides:
         # An override sets its key, so that model.encoder={mae: {}} replaces the encoder instead of adding one.
         key = each.split("=", 1)[0]
         value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([each]), resolve=False)

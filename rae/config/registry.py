@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 import re
 import sys
 import typing
@@ -33,10 +34,10 @@ _HOMES = {
     "logger": ["rae.callbacks"],
 }
 _COMPOSER = {  # kind -> (module, base class, suffix that names drop)
-    "algorithm": ("composer.algorithms", "Algorithm", ""),
-    "callback": ("composer.callbacks", "Callback", ""),
-    "logger": ("composer.loggers", "LoggerDestination", "Logger"),
-    "schedule": ("composer.optim", "ComposerScheduler", "Scheduler"),
+    "algorithm": ("composer.algorithms", "composer.Algorithm", ""),
+    "callback": ("composer.callbacks", "composer.Callback", ""),
+    "logger": ("composer.loggers", "composer.loggers.LoggerDestination", "Logger"),
+    "schedule": ("composer.optim", "composer.optim.ComposerScheduler", "Scheduler"),
 }
 
 _plugins: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in _HOMES}
@@ -109,8 +110,7 @@ def _from_composer(kind: str) -> dict[str, Callable[..., Any]]:
     if kind not in _COMPOSER:
         return {}
     module_name, base_name, suffix = _COMPOSER[kind]
-    module, base = importlib.import_module(module_name), getattr(importlib.import_module("composer"), base_name, None)
-    base = base or getattr(module, base_name)
+    module, base = importlib.import_module(module_name), pkgutil.resolve_name(base_name)
     found: dict[str, Callable[..., Any]] = {}
     for class_name in module.__all__:
         target = getattr(module, class_name)

@@ -75,6 +75,9 @@ def evaluators(
     for where, each in data.evaluation.items():
         opened = images if where == "data.eval" else open_eval(config, where)
         assert opened is not None
+        name = where.rpartition(".")[2]
+        passes = {name: 0.0, **({name + LIVE_SUFFIX: 0.0} if live else {})}  # label -> noise level
+        passes |= {f"{name}_tau{noise_tau:g}": noise_tau for noise_tau in each.noise_taus}
         evaluators += [
             Evaluator(
                 label=label,
@@ -82,15 +85,9 @@ def evaluators(
                 # Composer takes them for patterns, to be found anywhere in a name.
                 metric_names=[rf"\b{metric}\b" for metric in each.metrics or [*config.metrics, "discriminator"]],
             )
-            for label, noise_tau in _passes(where.rpartition(".")[2], each.noise_taus, live).items()
+            for label, noise_tau in passes.items()
         ]
     return evaluators
-
-
-def _passes(name: str, noise_taus: Iterable[float], live: bool) -> dict[str, float]:
-    """Labels of the evaluations of one data set, and the noise level of each."""
-    passes = {name: 0.0} | ({name + LIVE_SUFFIX: 0.0} if live else {})
-    return passes | {f"{name}_tau{noise_tau:g}": noise_tau for noise_tau in noise_taus}
 
 
 def refer_all(config: Config, trainer: Trainer) -> None:
