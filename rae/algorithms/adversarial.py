@@ -10,7 +10,7 @@ from composer.optim import ComposerScheduler
 from composer.utils import dist
 from torch import Tensor, nn
 
-from rae.algorithms.base import in_precision, loss_scale, precision_context, reached, unwrapped
+from rae.algorithms.base import can_skip_by_itself, in_precision, loss_scale, precision_context, reached, unwrapped
 from rae.autoencoder.discriminator import diff_augment
 from rae.autoencoder.losses import (
     D_LOSSES,
@@ -269,8 +269,8 @@ class Adversarial(Algorithm):
             return torch.zeros_like(figures[0])
         norms = torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])
         bad = (~torch.stack([*norms, *figures]).isfinite()).any().float()
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = bad  # read on the device
+        if can_skip_by_itself(self.optimizer):
+            self.optimizer.found_inf = bad
         elif bad:
             self.optimizer.zero_grad(set_to_none=True)
         return bad

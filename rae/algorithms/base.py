@@ -34,6 +34,11 @@ def loss_scale(state: State) -> float:
     return state.scaler.get_scale() if state.precision == Precision.AMP_FP16 else 1.0
 
 
+def can_skip_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer reads ``found_inf`` on the device (torch's fused ones) and then changes nothing."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
 def precision_context(state: State) -> AbstractContextManager[None]:
     """Autocast to the training precision; on a CPU too, where Composer has none and :mod:`rae.plan` takes its steps."""
     if state.device.name != "cpu":

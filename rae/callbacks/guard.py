@@ -16,18 +16,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rae.algorithms.adversarial import Adversarial
-from rae.algorithms.base import unwrapped
+from rae.algorithms.base import can_skip_by_itself, unwrapped
 from rae.callbacks.checkpointer import Checkpointer, nonfinite_weights
 from rae.callbacks.step_figures import StepFigures
 from rae.config.errors import UserError
 from rae.config.registry import register
 
 log = logging.getLogger(__name__)
-
-
-def can_skip_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer reads ``found_inf`` on the device (torch's fused ones) and then changes nothing."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 @register("callback", "guard", context=("run_dir", "figures"))
@@ -72,22 +67,21 @@ class Guard(Callback):
 
     def without_updates(self, algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algorithm]:
         """Composer algorithm pass: a step that is skipped ends without the algorithms, such as EMA and the GAN."""
-        return [] if event == Event.BATCH_END and self._is_bad() else algorithms
+        skipped = event == Event.BATCH_END and self.on_nan != "ignore" and self.figures.is_bad()
+        return [] if skipped else algorithms
 
-    def _is_bad(self) -> bool:
-        return self.on_nan != "ignore" and self.figures.is_bad()
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if self.on_nan != "ignore":
+            super().run_event(event, state, logger)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self.seen = []
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        if self.on_nan != "ignore":
-            known = {key: state.batch[key] for key in ("label", "index") if key in state.batch}
-            self.seen.append((known, {name: _row_sums(state.outputs[name]) for name in unwrapped(state).watched}))
+        known = {key: state.batch[key] for key in ("label", "index") if key in state.batch}
+        self.seen.append((known, {name: _row_sums(state.outputs[name]) for name in unwrapped(state).watched}))
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        if self.on_nan == "ignore":
-            return
         (optimizer,) = state.optimizers
         self.reads_late = self._can_read_late(state, optimizer)
         if self.reads_late:
@@ -95,7 +89,7 @@ class Guard(Callback):
             # lr is among a param group's entries; a schedule's state is a handful of numbers.
             self.schedules = [(s, copy.deepcopy(s.state_dict())) for s in state.schedulers]
             self.rates = [group["lr"] for group in optimizer.param_groups]
-        elif self._is_bad() or self._is_exhausted(state):
+        elif self.figures.is_bad() or self._is_exhausted(state):
             self._handle(state)
             optimizer.zero_grad(set_to_none=True)  # without gradients, its step changes nothing
 
@@ -109,9 +103,7 @@ class Guard(Callback):
         return not all(map(math.isfinite, self.figures.values().values()))
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self.on_nan == "ignore":
-            return
-        bad = self._is_bad()
+        bad = self.figures.is_bad()
         if bad and self.reads_late:
             if self._must_stop():
                 self._rewind(state)
