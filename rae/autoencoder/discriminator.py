@@ -77,15 +77,14 @@ class _TokenNorm(nn.Module):
     makes whole steps of that: only this order of operations takes the steps that the reference takes.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-6):
+    def __init__(self, channels: int):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()  # in any training precision
         mean, var = x.mean(2, keepdim=True), x.var(2, keepdim=True, unbiased=False)
-        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight.view(1, -1, 1) + self.bias.view(1, -1, 1)
+        return (x - mean) * torch.rsqrt(var + 1e-6) * self.weight.view(1, -1, 1) + self.bias.view(1, -1, 1)
 
 
 def _norm(kind: str, channels: int) -> nn.Module:

@@ -96,7 +96,7 @@ def fixed_latent_noise(latent: Tensor, tau: Tensor, index: Tensor, seed: int = 0
     return latent + noise.to(latent)
 
 
-def sincos_positions(dim: int, grid: int, prefix: int = 1, spread: float = 1.0) -> Tensor:
+def sincos_positions(dim: int, grid: int, spread: float = 1.0) -> Tensor:
     """MAE's fixed 2-D sin-cos position table (arXiv 2111.06377).
 
     The first half of ``dim`` encodes the column, the second half the row; sines before cosines.
@@ -104,11 +104,10 @@ def sincos_positions(dim: int, grid: int, prefix: int = 1, spread: float = 1.0) 
     Args:
         dim: embedding width, a multiple of 4.
         grid: tokens a side.
-        prefix: rows of zeros in front, one for each token without a place.
         spread: distance between neighbours.
 
     Returns:
-        (1, prefix + grid², dim)
+        (1, 1 + grid², dim); the first row, of the token without a place, is zeros
 
     Raises:
         ValueError: ``dim`` is not a multiple of 4.
@@ -119,7 +118,7 @@ def sincos_positions(dim: int, grid: int, prefix: int = 1, spread: float = 1.0) 
     row, column = torch.meshgrid(*[spread * torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
     halves = [torch.outer(index.flatten(), omega) for index in (column, row)]
     table = torch.cat([wave for angle in halves for wave in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([table.new_zeros(prefix, dim), table]).float()[None]
+    return torch.cat([table.new_zeros(1, dim), table]).float()[None]
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:

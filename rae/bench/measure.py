@@ -117,7 +117,7 @@ def best_rates(dtype: torch.dtype) -> dict[str, float]:
     return rates
 
 
-def _fastest(run: Callable[[], Any], repeats: int = 5) -> float:
+def _fastest(run: Callable[[], Any]) -> float:
     with torch.no_grad():
         run()
-        return min(timed(run) for _ in range(repeats))
+        return min(timed(run) for _ in range(5))

@@ -27,8 +27,8 @@ def photographs() -> dict[str, Image.Image]:
     return {Path(name).stem: Image.open(path).convert("RGB") for name, path in found.items()}
 
 
-def make_image_folder(root: Path, train: int, held_out: int, size: int = 72, seed: int = 0) -> None:
-    """Write ``root/train/<photograph>/…`` and ``root/eval/<photograph>/…``: random crops of ``size`` × ``size``.
+def make_image_folder(root: Path, train: int, held_out: int) -> None:
+    """Write ``root/train/<photograph>/…`` and ``root/eval/<photograph>/…``: random crops of 72 × 72.
 
     Held-out crops come from a strip in each photograph's middle, training crops from beside it, where they may
     overlap: no pixel of a held-out crop is trained on.
@@ -36,7 +36,7 @@ def make_image_folder(root: Path, train: int, held_out: int, size: int = 72, see
     Args:
         train, held_out: crops in all.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     photos = sorted(photographs().items())
     for split, count in (("train", train), ("eval", held_out)):
         for i in range(count):
@@ -45,9 +45,9 @@ def make_image_folder(root: Path, train: int, held_out: int, size: int = 72, see
             beside = [(0, start), (end, photo.width)]
             left, right = beside[int(rng.integers(2))] if split == "train" else (start, end)
             widest = min(right - left, photo.height, 224)
-            side = int(rng.integers(min(size, widest), widest + 1))
+            side = int(rng.integers(min(72, widest), widest + 1))
             x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(0, photo.height - side + 1))
-            crop = photo.crop((x, y, x + side, y + side)).resize((size, size), Image.Resampling.BICUBIC)
+            crop = photo.crop((x, y, x + side, y + side)).resize((72, 72), Image.Resampling.BICUBIC)
             folder = root / split / name
             folder.mkdir(parents=True, exist_ok=True)
             crop.save(folder / f"{i:05d}.jpg", quality=95)

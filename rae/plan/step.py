@@ -172,11 +172,11 @@ class Simulation:
         with meter.watch(bytes_, "backward"):
             state.loss["total"].backward()  # type: ignore[index]
 
-    def operations(self, at: int, images: int = 1) -> dict[str, float]:
+    def operations(self, at: int) -> dict[str, int]:
         """Network -> floating-point operations an image, of a step after ``at`` finished ones."""
         with self.meter.counting(networks_of(self.model, self.algorithms)) as counts:
-            self.step(at, images)
-        return {name: count / images for name, count in counts.items()}
+            self.step(at, 1)
+        return counts
 
     def held(self) -> dict[str, int]:
         """Bytes that this rank keeps from step to step, by what they are for."""
