@@ -98,6 +98,14 @@ def test_its_export_holds_the_average_and_loads(trained, tmp_path, capsys):
     assert capsys.readouterr().out.count("denoiser (width 6)") == 2
 
 
+def test_the_command_finds_what_training_found(trained, tmp_path):
+    main(["evaluate", str(trained / "run"), "--json", str(tmp_path / "figures.json")])
+    found = json.loads((tmp_path / "figures.json").read_text())["sources"][0]["noise_tau"]["0"]
+    expected = json.loads((trained / "run/metrics.json").read_text())["eval"]
+    assert found.keys() == expected.keys()
+    assert found["psnr"] == pytest.approx(expected["psnr"], rel=0.02)  # its noise is another each time
+
+
 def test_its_plugin_is_imported_on_the_users_word_alone(trained, tmp_path):
     main(["export", str(trained / "run"), str(tmp_path / "out")])
     script = "import sys, rae; print(type(rae.load(sys.argv[1], imports=len(sys.argv) > 2)).__name__)"
@@ -110,6 +118,7 @@ def test_what_is_for_autoencoders_says_so(shards, settings_of, trained, tmp_path
     for words in (
         ["export", str(trained / "run"), str(tmp_path / "out"), "--format", "diffusers"],
         ["reconstruct", str(trained / "run"), str(shards / "eval"), "--out", str(tmp_path / "look")],
+        ["evaluate", str(trained / "run"), "--tau", "0.4"],
         ["stats", str(trained / "run"), str(tmp_path / "stat.pt"), "--data", str(shards / "eval")],
     ):
         with pytest.raises(SystemExit):

@@ -21,6 +21,7 @@ from rae.evaluation.frechet import Reference, refer
 from rae.evaluation.metrics import OFFLINE, Better, Metrics, build_metrics, build_or_substitute, verdict, within
 from rae.exchange.exports import Source
 from rae.exchange.sources import open_discriminator
+from rae.model import RunModel
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Evaluated:
 
 @torch.no_grad()
 def evaluate(
-    rae: RAE,
+    model: RAE | RunModel,
     images: Dataset,
     metrics: Metrics,
     taus: Iterable[float] = (0.0,),
@@ -64,8 +65,10 @@ def evaluate(
 ) -> dict[float, dict[str, float]]:
     """Reconstruct images, from latents with fixed noise of each level, and compute every metric over all ranks.
 
+    Another kind of model than an autoencoder is evaluated as its run does it, without further noise.
+
     Args:
-        rae: in eval mode; the metrics go to its device.
+        model: in eval mode; the metrics go to its device.
         images: see :func:`rae.data.images.open_images`.
         metrics: by name; they are copied for each level.
         taus: noise levels; 0 is the clean latent.
@@ -74,13 +77,19 @@ def evaluate(
     Returns:
         figures by name, for each level.
     """
-    device = next(rae.parameters()).device
+    device = next(model.parameters()).device  # type: ignore[union-attr]
     each = {tau: {name: metric.to(device) for name, metric in copy.deepcopy(metrics).items()} for tau in taus}
     for batch in batches(images, batch_size, workers, title):
+        if isinstance(model, RunModel):
+            here = {key: batch[key].to(device) for key in ("image", "label", "index")}
+            outputs = model.eval_forward(here)  # type: ignore[union-attr]
+            for metric in each[0.0].values():
+                model.update_metric(here, outputs, metric)  # type: ignore[union-attr]
+            continue
         image = to_float(batch["image"].to(device))
-        tokens = rae.clean_tokens(image)
+        tokens = model.clean_tokens(image)
         for tau, measured in each.items():
-            recon = quantize(rae.decode(rae.latent_of(_noised(tokens, tau, batch["index"]))))
+            recon = quantize(model.decode(model.latent_of(_noised(tokens, tau, batch["index"]))))
             for metric in measured.values():
                 metric.update(recon, image)
     return {tau: {name: float(metric.compute()) for name, metric in measured.items()} for tau, measured in each.items()}
@@ -116,10 +125,13 @@ def evaluate_source(
     except UserError as error:
         said.append(f"{source.name}: without its discriminator's verdict: {error}")
     refer(metrics.values(), images, place, source.image_size, device.type, known)
-    source.rae.to(device)
+    if not isinstance(source.network, RAE) and set(taus) != {0.0}:
+        raise UserError(f"--tau is about the latents of autoencoders, which {source.name} is not; leave it out")
+    model = source.network if isinstance(source.network, RAE) else source.run_model()
+    model.to(device)
     measured = metrics | verdicts
-    figures = evaluate(source.rae, images, measured, taus, batch_size, workers, source.name)
-    source.rae.to("cpu")
+    figures = evaluate(model, images, measured, taus, batch_size, workers, source.name)
+    model.to("cpu")
     about = {"weights": source.weights, "trained": source.trained, "image_size": source.image_size}
     ways = {each: better(metric) for each, metric in measured.items()}
     return Evaluated(source.name, name, about, figures, ways, said)

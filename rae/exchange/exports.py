@@ -86,6 +86,12 @@ class Source:
             return self.network
         raise UserError(f"{self.name}: its model is no autoencoder, but a {type(self.network).__name__}")
 
+    def run_model(self) -> Any:
+        """The :class:`rae.model.RunModel` of these settings and weights, in eval mode, of another kind of model."""
+        model = build("model", self.model, "model", image_size=self.image_size)
+        model.network.load_state_dict(self.network.state_dict())
+        return model.eval()
+
     def about(self) -> Exported:
         """What an export of it says of it."""
         told = {key: getattr(self, key) for key in Exported.model_fields if hasattr(self, key)}
