@@ -51,7 +51,7 @@ SMALL_DINO = TINY_DINO | {"weights": str(GOLDEN / "dino_small.pth"), "depth": 2,
 
 FIRST = (
     "test_survival", "test_runs", "test_the_guide_from_zero", "test_too_many_bad_samples_end", "test_performance",
-    "test_bench", "test_plan", "test_yamls", "test_an_interrupted_conversion", "test_config.py::test_the_command",
+    "test_bench", "test_plan", "test_yamls", "test_convert.py::test_an_interrupted", "test_config.py::test_the_command",
 )  # fmt: skip
 
 
