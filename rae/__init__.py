@@ -7,7 +7,7 @@ import importlib
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -40,11 +40,16 @@ class _Moved(MetaPathFinder, Loader):
         "rae.encoders": ["rae.autoencoder.encoders"],
         "rae.decoder": ["rae.autoencoder.decoder"],
         "rae.metrics": ["rae.evaluation.metrics", "rae.evaluation.frechet"],
+        "rae.demo": ["rae.commands.demo"],
     }
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         known = ".".join(fullname.split(".")[:2]) in self.places
-        return ModuleSpec(fullname, self, is_package=True) if known else None
+        return ModuleSpec(fullname, self, is_package=fullname != "rae.demo") if known else None
+
+    def get_code(self, fullname: str) -> CodeType:
+        """What ``python -m rae.demo`` runs."""
+        return compile("import sys; from rae.__main__ import main; main(['demo', *sys.argv[1:]])", fullname, "exec")
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None

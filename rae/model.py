@@ -4,10 +4,23 @@ There are no more of them than the rest of the package asks for. The autoencoder
 (:class:`rae.autoencoder.model.RAEModel`); a file of the user's can hold another.
 """
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from rae.config.errors import UserError
+
+_MOVED = {"RAE": "rae", "read_stats": "rae", "to_float": "rae", "quantize": "rae", "RAEModel": "model"}
+
+
+def __getattr__(name: str) -> Any:
+    """What the guide had here before is found in :mod:`rae.autoencoder`."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"rae.autoencoder.{_MOVED[name]}"), name)
+
 
 Counted = Callable[[Callable[[], Any]], tuple[float, Any]]
 """What calls a function and gives back the floating-point operations that it took, and its result."""
@@ -49,7 +62,7 @@ class RunModel:
 
     def draw(self, batch: dict[str, Tensor]) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] by the weights as they are, in eval mode: a row of a picture."""
-        raise NotImplementedError
+        raise UserError(f"model: {type(self).__name__} has no draw(batch), which pictures need")
 
     def given(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rows of a picture that no weights make, by name."""

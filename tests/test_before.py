@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rae.config import registry
 from rae.config.registry import import_plugins
 from rae.exchange.handover import import_from
 from rae.exchange.sources import open_source
-from tests.conftest import ROOT, figures, train_here
+from tests.conftest import ROOT, figures, run, train_here
 
 BEFORE = ROOT / "tests/before"
 
@@ -66,12 +67,19 @@ PLUGIN = """
 from rae.algorithms import LossTerm
 from rae.encoders import Encoder
 from rae.metrics import PerImage
+from rae.decoder import Decoder, load_published
+from rae.model import RAE
 from rae.registry import TimeString, register
 
 @register("metric", "from_before")
 def from_before(start: TimeString = "1ep"):
     return PerImage(lambda recon, image: (recon - image).flatten(1).amax(1))
 """
+
+
+def test_the_demos_module_is_found():
+    done = run(sys.executable, "-m", "rae.demo", "--help")
+    assert "--data-only" in done.stdout
 
 
 def test_a_plugins_imports_are_found(tmp_path, monkeypatch):

@@ -537,3 +537,13 @@ def test_wrong_inputs_are_one_line(undisturbed, tmp_path, capsys, monkeypatch):
         assert line.count("\n") == 1 and len(line) < 600, (name, line)
         assert not (tmp_path / "out").exists(), name
     assert (tmp_path / "notes/thesis.txt").read_text() == "do not delete"
+
+
+@pytest.mark.parametrize("override", ["model.decoder={", "name=${nope}"])
+def test_an_override_of_an_export_that_is_no_yaml_is_one_line(override, capsys, tmp_path):
+    source = str(ROOT / "tests/before/rae")
+    with pytest.raises(SystemExit):
+        main(["export", source, str(tmp_path / "out"), "--set", override])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {source}/config.json, overridden: ")
+    assert len(error.splitlines()) == 1

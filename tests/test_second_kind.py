@@ -10,6 +10,8 @@ from PIL import Image
 import rae
 from rae.__main__ import main
 from rae.config.errors import UserError
+from rae.config.loading import load_config
+from rae.training.checks import check
 from tests.conftest import (
     ROOT,
     assert_same_state,
@@ -95,7 +97,10 @@ def test_its_export_holds_the_average_and_loads(trained, tmp_path, capsys):
     capsys.readouterr()
     main(["inspect", str(out)])
     main(["inspect", str(trained / "run")])
-    assert capsys.readouterr().out.count("denoiser (width 6)") == 2
+    main(["inspect", str(next((trained / "run/checkpoints").iterdir()))])
+    told = capsys.readouterr().out
+    assert told.count("denoiser (width 6)") == 3
+    assert "model: network" in told
 
 
 def test_the_command_finds_what_training_found(trained, tmp_path):
@@ -117,6 +122,7 @@ def test_its_plugin_is_imported_on_the_users_word_alone(trained, tmp_path):
 def test_what_is_for_autoencoders_says_so(shards, settings_of, trained, tmp_path, capsys):
     for words in (
         ["export", str(trained / "run"), str(tmp_path / "out"), "--format", "diffusers"],
+        ["export", str(trained / "run"), str(tmp_path / "out"), "--with-encoder"],
         ["reconstruct", str(trained / "run"), str(shards / "eval"), "--out", str(tmp_path / "look")],
         ["evaluate", str(trained / "run"), "--tau", "0.4"],
         ["stats", str(trained / "run"), str(tmp_path / "stat.pt"), "--data", str(shards / "eval")],
@@ -131,6 +137,12 @@ def test_what_is_for_autoencoders_says_so(shards, settings_of, trained, tmp_path
     settings["algorithms"] = tiny_settings(shards, tmp_path)["algorithms"]
     with pytest.raises(UserError, match="adversarial: it trains autoencoders"):
         train_here(settings)
+    del settings["algorithms"]["adversarial"]
+    with pytest.raises(UserError, match="perceptual is of reconstructions; this model's outputs hold no 'recon'"):
+        train_here(settings)
+    settings["data"]["eval"]["noise_taus"] = [0.4]
+    with pytest.raises(UserError, match=r"data.eval.noise_taus: noise is for the latents of autoencoders"):
+        train_here(settings)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +151,15 @@ def test_what_is_for_autoencoders_says_so(shards, settings_of, trained, tmp_path
         ({"denoizer": {}}, r"unknown model 'denoizer' \(did you mean 'denoiser'\?\)"),
         ({"denoiser": {"widht": 6}}, r"unknown key 'model.denoiser.widht' \(did you mean 'width'\?\)"),
         ({"denoiser": {"width": "wide"}}, "model.denoiser.width"),
+        ({"denoiser": 3}, r"model: arguments of 'denoiser' are written as {argument: value}, not 3"),
+        ({"encodr": "dinov2"}, r"arguments of 'encodr' are written as {argument: value}, not 'dinov2'"),
+        ("autoencoder", "missing value: model.encoder is required"),
     ],
 )
 def test_its_arguments_are_checked(settings_of, tmp_path, model, line):
+    (tmp_path / "run.yaml").write_text(json.dumps({**settings_of(tmp_path / "run"), "model": model}))
     with pytest.raises(UserError, match=line):
-        train_here({**settings_of(tmp_path / "run"), "model": model})
+        check(load_config(str(tmp_path / "run.yaml")))
 
 
 def test_it_is_planned(settings_of, trained, tmp_path):
@@ -166,6 +182,27 @@ def test_a_bad_step_is_told_by_its_own_outputs(settings_of, tmp_path):
         train_here(settings)
     told = json.loads((tmp_path / "run/guard.jsonl").read_text().splitlines()[0])
     assert told["ranks"][0]["samples"][0]["not_finite"] == ["clean"]
+
+
+PLAIN = """
+from composer import ComposerModel
+from rae import register
+
+@register("model", "plain")
+class Plain(ComposerModel):
+    def forward(self, batch):
+        return {}
+
+    def loss(self, outputs, batch):
+        return {}
+"""
+
+
+def test_what_is_no_run_model_says_so(settings_of, tmp_path):
+    (tmp_path / "plain.py").write_text(PLAIN)
+    settings = settings_of(tmp_path / "run") | {"imports": [str(tmp_path / "plain.py")], "model": {"plain": {}}}
+    with pytest.raises(UserError, match=r"model.plain: it makes a Plain, which is no rae.RunModel"):
+        train_here(settings)
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rae.autoencoder.losses import note_gradient, value_and_gradient, with_gradient
 from rae.autoencoder.rae import to_float
+from rae.config.errors import UserError
 from rae.model import Counted, RunModel
 
 
@@ -104,7 +105,7 @@ class LossTerm(Algorithm):
         Args:
             counted, outputs: see :meth:`rae.model.RunModel.step_operations`.
         """
-        if self.network is None:
+        if self.network is None or "recon" not in outputs:
             return []
         term, _ = counted(lambda: self.compute(outputs["recon"], image))
         return [(self.start, 1.5 * term)]  # both images forward, one back
@@ -117,6 +118,8 @@ class LossTerm(Algorithm):
             if self.network is not None:
                 state.device.module_to_device(self.network)
             return
+        if "recon" not in state.outputs:
+            raise UserError(f"algorithms: {self.name} is of reconstructions; this model's outputs hold no 'recon'")
         recon, image = state.outputs["recon"], to_float(state.batch["image"])
         compute = in_precision(state, self.compute)
         value, gradient = value_and_gradient(compute, recon, image, chunk=self.chunk, scale=loss_scale(state))

@@ -79,7 +79,8 @@ class Guard(Callback):
 
     def after_loss(self, state: State, logger: Logger) -> None:
         known = {key: state.batch[key] for key in ("label", "index") if key in state.batch}
-        self.seen.append((known, {name: _row_sums(state.outputs[name]) for name in unwrapped(state).watched}))
+        watched = [name for name in unwrapped(state).watched if name in state.outputs]
+        self.seen.append((known, {name: _row_sums(state.outputs[name]) for name in watched}))
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         (optimizer,) = state.optimizers

@@ -35,7 +35,9 @@ def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True, w
         help="override a key of the source's configuration, e.g. model.encoder.dinov2.pretrained=PATH",
     )
     parser.add_argument(
-        "--imports", action="store_true", help="import the modules that an export's encoder needs: run their code"
+        "--imports",
+        action="store_true",
+        help="import the modules that an export's encoder or kind of model needs: run their code",
     )
 
 

@@ -134,9 +134,12 @@ def _settings(value: Any) -> Any:
     value = {value: None} if isinstance(value, str) else value
     if isinstance(value, Mapping) and len(value) == 1:
         ((name, arguments),) = value.items()
-        if name not in Model.model_fields and name != "autoencoder":
-            return {name: {} if arguments is None else arguments}
-        value = value if name != "autoencoder" else arguments
+        if name not in Model.model_fields:
+            if not isinstance(arguments or {}, Mapping):
+                raise ValueError(f"arguments of {name!r} are written as {{argument: value}}, not {arguments!r}")
+            if name != "autoencoder":
+                return {name: arguments or {}}
+            value = arguments or {}
     return Model.model_validate(value)
 
 
@@ -176,7 +179,7 @@ class Compile(Section):
 
     def chooses(self, network: str) -> bool:
         """Whether a network is chosen; one of another kind of model, which has no key here, if all that have are."""
-        return getattr(self, network, len(self.networks()) == len(_COMPILED))
+        return network in self.networks() or (network not in _COMPILED and len(self.networks()) == len(_COMPILED))
 
 
 _COMPILED = ("encoder", "decoder", "perceptual", "discriminator")

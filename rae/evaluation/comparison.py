@@ -125,8 +125,6 @@ def evaluate_source(
     except UserError as error:
         said.append(f"{source.name}: without its discriminator's verdict: {error}")
     refer(metrics.values(), images, place, source.image_size, device.type, known)
-    if not isinstance(source.network, RAE) and set(taus) != {0.0}:
-        raise UserError(f"--tau is about the latents of autoencoders, which {source.name} is not; leave it out")
     model = source.network if isinstance(source.network, RAE) else source.run_model()
     model.to(device)
     measured = metrics | verdicts

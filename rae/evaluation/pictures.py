@@ -30,7 +30,7 @@ def colours() -> np.ndarray:
 
 
 def difference_map(image: Tensor, recon: Tensor) -> Image.Image:
-    """The mean over channels of |recon − image|, uint8 (3, H, W) each, in colours; see SCALE and :func:`colours`."""
+    """The mean over channels of |recon − image|, uint8 (3, H, W) each, in :func:`colours` up to :data:`SCALE`."""
     difference = (recon.float() - image.float()).abs().mean(dim=-3)  # (H, W), in grey levels from 0 to 255
     levels = (difference * (255 / SCALE)).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(colours()[levels.numpy()])
@@ -42,7 +42,7 @@ def comparison(image: Tensor, recons: dict[float, Tensor], figures: dict[str, fl
     Args:
         image: uint8 (3, S, S).
         recons: by τ, each uint8 (3, S, S).
-        figures: as in a :class:`Record`.
+        figures: as in a :class:`rae.evaluation.reconstruction.Record`.
     """
     panels: list[tuple[str, list[str], Image.Image]] = [("original", [], to_picture(image))]
     for tau, recon in recons.items():

@@ -157,8 +157,9 @@ def _autoencoder(rae: RAE, settings: Model, included: bool) -> dict[str, Any]:
 def _facts(network: nn.Module, about: Exported) -> dict[str, str]:
     moment = ", ".join(f"{value:,} {_UNITS.get(key, key)}" for key, value in about.trained.items())
     stated = {"ema": "the moving average of the trained weights", "live": "the trained weights, not their average"}
+    parameters = f"{sum(p.numel() for p in network.parameters()):,}"
     return {
-        "parameters": f"{sum(p.numel() for p in network.parameters()):,}, without those of frozen networks",
+        "parameters": f"{parameters}, without the encoder's" if isinstance(network, RAE) else parameters,
         "image": f"{about.image_size} × {about.image_size}",
         "weights": stated.get(about.weights, "as they were given"),
         "trained for": moment or "unknown",

@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 from torch import Tensor, nn
+from yaml import YAMLError
 
 from rae.autoencoder.backbones import check_tensors, read_state_dict, save_state_dict
 from rae.autoencoder.decoder import Decoder
@@ -138,8 +140,12 @@ def read_exported(local: Path, name: str, overrides: Iterable[str] = ()) -> Expo
     if content.get("format") != "rae":
         raise UserError(f"{name}/{CONFIG} is not an export's; python -m rae inspect {name} tells what the folder holds")
     loaded = OmegaConf.create(content)
-    override(loaded, overrides)
-    return validated(Exported, OmegaConf.to_container(loaded), f"{name}/{CONFIG}")
+    try:
+        override(loaded, overrides)
+        plain = OmegaConf.to_container(loaded, resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{name}/{CONFIG}, overridden: {' '.join(str(error).split())}") from error
+    return validated(Exported, plain, f"{name}/{CONFIG}")
 
 
 def import_needed(exported: Exported, name: str, imports: bool) -> None:

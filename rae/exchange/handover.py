@@ -44,6 +44,8 @@ def export(
     network, about = source.network.cpu(), source.about()
     if with_encoder and layout != "rae":
         raise UserError("--with-encoder goes with --format rae; diffusers includes it always, published never")
+    if with_encoder and not isinstance(network, RAE):
+        raise UserError(f"--with-encoder is about autoencoders, which {source.name} is not; leave it out")
     if layout != "rae" and not isinstance(network, RAE):
         raise UserError(f"--format {layout} is a layout of autoencoders, which {source.name} is not; use --format rae")
     if stats:

@@ -154,9 +154,8 @@ def _open_yaml(source: str, weights: str, overrides: list[str], scratch: Path) -
     if any(checkpoint.parts for _, checkpoint in found):
         return _open_newest(found, source, weights, overrides, scratch)
     if not isinstance(config.model, Model) or config.model.decoder.weights is None:
-        raise UserError(
-            f"{source}: its run has no checkpoint in {config.run_dir}, and no model.decoder.weights to use instead"
-        )
+        instead = ", and no model.decoder.weights to use instead" if isinstance(config.model, Model) else ""
+        raise UserError(f"{source}: its run has no checkpoint in {config.run_dir}{instead}")
     import_plugins(config.imports)
     network = explained(source, lambda: exports.build_network(config.model, config.data.image_size))
     return of_config(network, config, "given")

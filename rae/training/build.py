@@ -19,10 +19,12 @@ from rae.callbacks.guard import Guard
 from rae.callbacks.progress import Progress
 from rae.callbacks.step_figures import StepFigures
 from rae.config.arguments import build
+from rae.config.errors import UserError
 from rae.config.loading import save_config
 from rae.config.sections import Config, Model
 from rae.data.loaders import Ledger
 from rae.evaluation.metrics import build_metrics, verdict, within
+from rae.model import RunModel
 from rae.survival.processes import rank
 from rae.training.checks import in_epochs
 from rae.training.compilation import check_compiler, compile_networks
@@ -39,6 +41,8 @@ def build_model(config: Config) -> Any:
     settings = config.model
     entry = {"autoencoder": dict(settings)} if isinstance(settings, Model) else settings
     model = build("model", entry, "model", image_size=config.data.image_size)
+    if not isinstance(model, RunModel):
+        raise UserError(f"model.{next(iter(entry))}: it makes a {type(model).__name__}, which is no rae.RunModel")
     model.eval_metrics = build_metrics(config.metrics)
     return model
 
@@ -47,7 +51,8 @@ def build_trainer(config: Config) -> Trainer:
     """A Trainer ready to fit, at the run's newest checkpoint if it has one.
 
     Raises:
-        UserError: something that :func:`check` could not see: weights, shapes, too little data, a bucket.
+        UserError: something that :func:`rae.training.checks.check` could not see: weights, shapes, too little data, a
+            bucket.
     """
     arguments = dict(config.trainer)
     arguments["precision"] = _precision(arguments.get("precision"), arguments.get("device"))

@@ -99,6 +99,9 @@ def check(config: Config, data: bool = True) -> None:
         check_plugin("model", config.model, "model")
         if "adversarial" in config.algorithms:
             raise UserError("algorithms.adversarial: it trains autoencoders; leave it out with another kind of model")
+        for where, source in config.data.evaluation.items():
+            if source.noise_taus:
+                raise UserError(f"{where}.noise_taus: noise is for the latents of autoencoders; leave it out")
     check_plugin("optimizer", config.optimizer, "optimizer")
     if config.schedule is not None:
         check_plugin("schedule", config.schedule, "schedule")

@@ -1,5 +1,6 @@
 """What a run and its checkpoints hold."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -120,8 +121,14 @@ def _by_part(entries: Iterable[tuple[tuple[str, ...], int, int]]) -> list[Row]:
 
 def _part(path: tuple[str, ...]) -> str:
     if path[0] == "model":
-        return "model: decoder" if "decoder" in path[1:3] or "decoder." in path[1] else "model: latent statistics"
+        name = ".".join(path[1:])
+        return f"model: {'latent statistics' if re.search(r'latent_(mean|var)$', name) else _network(name)}"
     return f"{path[1]}: {path[2]}" if path[0] == "algorithms" and len(path) > 2 else path[0]
+
+
+def _network(name: str) -> str:
+    """``rae.decoder.blocks.0.…`` -> ``decoder``, and of another kind of model ``network.0.weight`` -> ``network``."""
+    return next(part for part in name.split(".") if part != "rae")
 
 
 def _tensors(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Tensor]:
