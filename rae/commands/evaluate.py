@@ -91,8 +91,8 @@ def _evaluate(arguments: argparse.Namespace, device: Any) -> "tuple[list[Evaluat
 
     options = (arguments.weights, "cpu", arguments.overrides, arguments.imports)
     opened = [open_source(name, *options) for name in arguments.sources]
-    if any(arguments.tau):  # noise is for the latents of autoencoders
-        [source.rae for source in opened]
+    if any(arguments.tau):
+        _ = [source.rae for source in opened]  # refuses another kind of model: noise is for an autoencoder's latents
     configs = [source.config for source in opened]
     metrics, said = choose_metrics(arguments.metrics, next((c.metrics for c in configs if c and c.metrics), None))
     data, limit = (arguments.data, None) if arguments.data else data_of(opened)

@@ -22,7 +22,8 @@ from rae.exchange.places import local_file
 from rae.survival.checkpoints import CONFIG, METRICS, DamagedError, age, check_whole, in_form, refused, without_code
 from rae.survival.storage import is_remote, reason
 
-_PUBLISHED = "a published decoder; make an export of it with `python -m rae import`"
+PUBLISHED = "a published decoder; make an export of it with `python -m rae import`"
+"""What is said of one where a model is to be opened."""
 
 
 def split_path(path: str) -> tuple[str, str]:
@@ -117,7 +118,7 @@ def _state_of(content: Any, source: str) -> dict[str, Any]:
     if isinstance(content, dict) and "mean" in content and "var" in content:
         raise UserError(f"{source}: latent statistics, not an autoencoder; they belong under model.latent_stats")
     if isinstance(content, dict) and any("decoder_embed" in str(name) for name in content):
-        raise UserError(f"{source}: {_PUBLISHED}")
+        raise UserError(f"{source}: {PUBLISHED}")
     raise UserError(f"{source} is no checkpoint of a run")
 
 

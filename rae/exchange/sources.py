@@ -17,7 +17,7 @@ from rae.config.registry import import_plugins
 from rae.config.sections import Config, Model
 from rae.exchange import diffusers_format, exports, places
 from rae.exchange.exports import Source
-from rae.exchange.restoring import _PUBLISHED, explained, of_config, open_checkpoint, open_file, split_path
+from rae.exchange.restoring import PUBLISHED, explained, of_config, open_checkpoint, open_file, split_path
 from rae.survival import checkpoints
 from rae.survival.checkpoints import DamagedError, Listed
 from rae.survival.storage import is_remote, reason, saying
@@ -114,7 +114,7 @@ def _what_it_is(names: set[str]) -> str:
     if "index.json" in names:
         return f"a data set, not an autoencoder; {places.WOULD_DO}"
     if "model.pt" in names:
-        return _PUBLISHED
+        return PUBLISHED
     return f"no autoencoder: the folder holds {places.first_of(names) or 'nothing'}; {places.WOULD_DO}"
 
 
@@ -186,7 +186,7 @@ def _open_export(source: str, weights: str, overrides: list[str], scratch: Path,
     if "_class_name" in content:
         return diffusers_format.read(local, source, scratch)
     if "decoder_hidden_size" in content:
-        raise UserError(f"{source}: {_PUBLISHED}")
+        raise UserError(f"{source}: {PUBLISHED}")
     about = exports.read_exported(local, source, overrides)
     if weights == "live" and about.weights == "ema":
         raise UserError(f"{source} holds averaged weights only; export the run again with --weights live")
