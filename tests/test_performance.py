@@ -8,12 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from composer import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.base import LossTerm
+from rae.autoencoder.layers import blocks_of
 from rae.config.errors import UserError
 from rae.config.loading import load_config
 from rae.config.registry import register
@@ -219,3 +221,12 @@ def test_compile_is_checked(shards, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="install g"):
         check_compiler(Compile(decoder=True), "cpu")
     check_compiler(Compile(), "cpu")
+
+
+def test_transformers_are_compiled_by_the_block():
+    with torch.device("meta"):
+        for name, blocks in (("vit_small_patch16_224", 12), ("tf_efficientnet_lite0", 1), ("resnet18", 1)):
+            network = timm.create_model(name)
+            found = blocks_of(network)
+            assert len(found) == blocks
+            assert (found[0] is network) == (blocks == 1)

@@ -1,5 +1,6 @@
 """Small pieces shared by the networks: frozen modules, latent noise, positions, patches."""
 
+from collections.abc import Sequence
 from random import Random
 
 import torch
@@ -30,6 +31,20 @@ class Frozen(nn.Module):
     def _apply(self, fn, recurse=True):
         self.network._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+def blocks_of(network: nn.Module) -> Sequence[nn.Module]:
+    """The blocks of which a transformer is a row, if that is what most of a network is; otherwise itself alone."""
+
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    for row in network.modules():
+        if isinstance(row, (nn.ModuleList, nn.Sequential)) and len(row) > 1 and size(row) > 0.8 * size(network):
+            kinds = {type(block) for block in row}
+            if len(kinds) == 1 and nn.Sequential not in kinds:
+                return list(row)
+    return [network]
 
 
 class Normalize(nn.Module):

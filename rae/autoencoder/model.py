@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from rae.autoencoder.decoder import Decoder, load_published
-from rae.autoencoder.layers import fixed_latent_noise
+from rae.autoencoder.layers import blocks_of, fixed_latent_noise
 from rae.autoencoder.losses import note_gradient, value_and_gradient, with_gradient
 from rae.autoencoder.rae import RAE, quantize, to_float
 from rae.config.arguments import build, check_plugin
@@ -110,7 +110,7 @@ class RAEModel(RunModel, ComposerModel):
 
     def compiled(self) -> dict[str, Iterable[nn.Module]]:
         # Every block by itself: they share one compilation, and FSDP shards the same units.
-        return {"encoder": [self.rae.encoder.network], "decoder": self.rae.decoder.blocks}  # type: ignore[dict-item]
+        return {"encoder": blocks_of(self.rae.encoder.network), "decoder": self.rae.decoder.blocks}  # type: ignore[dict-item]
 
     def step_operations(self, counted: Counted, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         image = to_float(batch["image"])
