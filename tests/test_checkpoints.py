@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 
 from rae.algorithms.adversarial import Adversarial
 from rae.config.errors import UserError
-from rae.survival.checkpoints import list_checkpoints, rotate, seal
+from rae.survival.checkpoints import CONFIG, STATE, fetch, list_checkpoints, rotate, seal
 from rae.survival.storage import RemoteFolder, reason
+from rae.survival.writing import Writer, _fault
 from rae.training.resume import given, newest
 from tests.conftest import assert_same_state, load_newest, resumable, run, tiny_settings, train_here, write_yaml
 
@@ -345,3 +347,41 @@ def test_data_that_is_not_there_is_found_at_the_start(s3, shards, tmp_path, monk
     settings["data"][where]["path"] = "s3://nothing/here"
     with pytest.raises(UserError, match=rf"data\.{where}\.path: cannot read s3://nothing/here/index\.json"):
         train_here(settings)
+
+
+def test_a_checkpoint_is_of_the_moment_of_its_copy(tmp_path):
+    """Weights that change while it is written do not change in it; the next save takes the same memory."""
+    weights = torch.zeros(1 << 22)
+    writer, seen = Writer(tmp_path, "seed: 0", mover=True), []
+    writer.open_group([0])
+    for step in (1, 2):
+        weights.fill_(step)
+        writer.write(f"ep0-ba{step}", "token", {"w": weights, "s": "text"}, False, lambda *told: seen.append(told))
+        weights.fill_(-1)
+        writer.thread.join()
+        assert not writer.failure and writer.done == f"ep0-ba{step}"
+        fetch(str(tmp_path), list_checkpoints(str(tmp_path))[0], tmp_path)  # checks every byte
+        saved = torch.load(tmp_path / f"ep0-ba{step}" / STATE, weights_only=True)
+        assert saved["s"] == "text" and saved["w"].eq(step).all()
+    assert seen == [(tmp_path / f"ep0-ba{step}", [STATE, CONFIG, "part-0-of-1.json"]) for step in (1, 2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ep0-ba1", "ep0-ba2"]
+
+
+def test_what_cannot_be_written_is_told_and_leaves_no_whole_checkpoint(tmp_path):
+    writer = Writer(tmp_path, "", mover=True)
+    writer.open_group([0])
+    (tmp_path / ".saving-ep0-ba1").write_text("in the way")
+    writer.write("ep0-ba1", "token", {"w": torch.zeros(3)}, False, lambda *_: pytest.fail("it was not written"))
+    writer.thread.join()
+    assert re.match(r"checkpoint ep0-ba1 could not be written to .*: .*Not a directory", writer.failure)
+    assert not writer.done and not list_checkpoints(str(tmp_path))
+
+
+def test_what_one_of_several_ranks_could_not_write_is_a_line():
+    from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+
+    try:
+        raise OSError(28, "No space left on device")
+    except OSError as error:
+        failed = CheckpointException("write", {1: _wrap_exception(error)})
+    assert _fault(failed) == "[Errno 28] No space left on device"

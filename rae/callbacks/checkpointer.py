@@ -1,4 +1,4 @@
-"""Saving: atomically, sealed, uploaded in the background, rotated, and once more when the run is told to stop."""
+"""Saving: from a copy, beside training; sealed, uploaded, rotated, and once more when the run is told to stop."""
 
 import logging
 import secrets
@@ -6,35 +6,18 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from composer import Callback, Event, Logger, State
-from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import create_interval_scheduler, dist
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from rae.config.errors import RankError, UserError
-from rae.survival.checkpoints import (
-    CONFIG,
-    METRICS,
-    SHARDED,
-    STATE,
-    DamagedError,
-    Listed,
-    age,
-    fetch,
-    list_checkpoints,
-    name_at,
-    remove,
-    rotate,
-    seal,
-    sync,
-)
+from rae.config.errors import UserError
+from rae.survival.checkpoints import METRICS, DamagedError, age, fetch, list_checkpoints, name_at, rotate
 from rae.survival.signals import FAILED, StopRequest
 from rae.survival.storage import is_remote, reason
 from rae.survival.uploads import Uploader
+from rae.survival.writing import Writer
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +49,10 @@ class Mean:
 class Checkpointer(Callback):
     """Save the run every ``interval``, and when it is told to stop (SIGTERM, SIGINT). Always on.
 
-    Composer's own saver writes in place, links ``latest`` in two steps, leaves what it uploaded to itself and cannot
-    tell a damaged file. Here a checkpoint is written beside its place, sealed (:func:`rae.survival.checkpoints.seal`)
-    and then renamed, or uploaded with the seal last; so there is no instant at which a kill leaves half a checkpoint
-    that passes for a whole one. Composer's functions write the files themselves.
+    Composer's own saver writes in place, links ``latest`` in two steps, leaves what it uploaded to itself, cannot tell
+    a damaged file, and lets training wait. Here training waits for no more than a copy of the state in memory. A thread
+    writes that beside its place, seals it (:func:`rae.survival.checkpoints.seal`) and renames it; another uploads it,
+    the seal last. So there is no instant at which a kill leaves half a checkpoint that passes for a whole one.
 
     Args:
         folder: local, or a URL.
@@ -83,18 +66,22 @@ class Checkpointer(Callback):
     def __init__(
         self, folder: str, run_dir: str, interval: str, keep: int = -1, config: str = "", upload_attempts: int = 10
     ):
-        self.folder, self.keep, self.config = folder, keep, config
+        self.folder, self.keep = folder, keep
         self.remote = is_remote(folder)
         self.local = Path(run_dir, "uploads", f"node{dist.get_node_rank()}") if self.remote else Path(folder)
         # Who moves what all have written to its place: one for each disk.
         self.mover = (dist.get_local_rank() if self.remote else dist.get_global_rank()) == 0
         self.interval, self.due = interval, create_interval_scheduler(interval)
         self.saves = Mean()
-        """How long this start's saves took."""
+        """How long training stood still for this start's saves."""
         self.saved_at: tuple[int, int] | None = None
+        self.writer = Writer(self.local, config, self.mover)
         self.uploader = Uploader(folder, upload_attempts) if self.remote else None
         self.stop = StopRequest()
         self.safe = ""
+        """The newest checkpoint that is where it belongs, as far as this rank has heard."""
+        self.told = False
+        """Whether it has been said that a checkpoint could not be written or uploaded."""
         self.was_finished = False
         """Whether training goes on from the end of a shorter run."""
 
@@ -102,9 +89,9 @@ class Checkpointer(Callback):
         if event == Event.FIT_START:
             self._start(state)
         elif event == Event.BATCH_CHECKPOINT:
-            stopping = self.stop.agreed(self.uploader is not None and bool(self.uploader.failure))
+            stopping = self.stop.agreed(bool(self._failure))
             if stopping == FAILED:
-                self._wait_for_uploads()
+                self.settle()
             if stopping or self.due(state, event):
                 self.save(state)
             if stopping:
@@ -115,10 +102,25 @@ class Checkpointer(Callback):
     def close(self, state: State, logger: Logger) -> None:
         self.stop.unlisten()
 
-    def finish_uploads(self) -> None:
-        """Return when this rank's uploads are through, or have failed: what to do before an error ends the process."""
-        while self.uploader is not None and self.uploader.busy:
+    def finish_saving(self, patience: float) -> None:
+        """Return when what this rank writes and uploads is there, or has failed: before an error ends the process.
+
+        Args:
+            patience: seconds to wait for other ranks that write, for they may be what is wrong.
+        """
+        end = time.monotonic() + patience
+        while self._busy and (self.writer.group is None or time.monotonic() < end):
             time.sleep(0.1)
+        if self._failure and not self.told:
+            log.warning("%s", self._failure)
+
+    @property
+    def _busy(self) -> bool:
+        return self.writer.busy or (self.uploader is not None and self.uploader.busy)
+
+    @property
+    def _failure(self) -> str:
+        return self.writer.failure or (self.uploader.failure if self.uploader is not None else "")
 
     def places(self) -> list[str]:
         """Where this run's checkpoints may be: in the bucket, and what one node could not upload before it ended."""
@@ -150,58 +152,42 @@ class Checkpointer(Callback):
             else:
                 uploader.put(self.local / checkpoint.name, checkpoint.sealed_last, self._rotate)
 
-    def save(self, state: State) -> None:
-        """Save now, unless this very moment is saved already. A collective call."""
-        if self.saved_at == _time(state):
-            return
-        begun = time.perf_counter()
-        self._save(state)
-        self.saves.add(time.perf_counter() - begun)
+    def save(self, state: State, wait: bool = False) -> None:
+        """Save now, unless this very moment is saved already. A collective call.
+
+        Args:
+            wait: until it is on the disk.
+        """
+        if self.saved_at != _time(state):
+            begun = time.perf_counter()
+            self._save(state)
+            self.saves.add(time.perf_counter() - begun)
+        if wait:
+            self.settle(uploads=False)
 
     def _save(self, state: State) -> None:
+        self.settle(uploads=False)  # there is one copy
         broken = sorted({name for names in dist.all_gather_object(nonfinite_weights(state)) for name in names})
         if broken:
             step = int(state.timestamp.batch)
             raise UserError(f"step {step}: weights are not finite ({broken[0]}), and not saved{self._safe()}")
         self.saved_at = _time(state)
         name = name_at(*self.saved_at)
-        staging = self.local / f".saving-{name}"
-        # Composer appends the name to a sharded checkpoint's folder itself.
-        file = staging / name / STATE if not state.fsdp_sharded_state_dict_enabled else staging / STATE
-        try:
-            written = composer_checkpoint.save_checkpoint(state, str(file), ignore_keys=_without_rng)
-            files = self._seal(staging / name, written is not None)
-            dist.barrier()
-            if self.mover:
-                # There may be one of a run that went on from an older one.
-                remove(str(self.local), Listed(name, frozenset(p.name for p in (self.local / name).glob("*"))))
-                (staging / name).rename(self.local / name)
-                staging.rmdir()
-                sync(self.local)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            fault = _disk_fault(error)
-            if fault is None:
-                raise
-            raise RankError(f"checkpoint {name} could not be written to {self.local}: {fault}{self._safe()}") from error
-        dist.barrier()
-        if self.uploader is None:
-            self.safe = name
-            self._rotate()
-        elif files:
-            self.uploader.put(self.local / name, files, self._rotate)
+        if self.mover:  # what an earlier start may have left of the same
+            shutil.rmtree(self.writer.staging(name), ignore_errors=True)
+        token = dist.all_gather_object(secrets.token_hex(8))[0]  # for which the others wait
+        # Every step seeds its own generators; what Composer would save of them is pickled objects.
+        content = {"state": state.state_dict(), **({"rng": []} if dist.get_global_rank() == 0 else {})}
+        on_gpu = state.device.name == "gpu" and not state.fsdp_enabled  # whose state Composer brings to the CPU
+        self.writer.open_group(_writers(state), on_gpu)
+        self.writer.write(name, token, content, state.fsdp_sharded_state_dict_enabled, self._written)
 
-    def _seal(self, folder: Path, wrote: bool) -> list[str]:
-        """The names of the files that this rank wrote, its seal last; none if it wrote nothing."""
-        answers = dist.all_gather_object((wrote, secrets.token_hex(8)))
-        writers, save = [rank for rank, (one, _) in enumerate(answers) if one], answers[0][1]
-        if not wrote:
-            return []
-        part = writers.index(dist.get_global_rank())
-        files = sorted(file.name for file in folder.iterdir() if file.name.startswith((f"__{part}_", STATE)))
-        if part == 0:
-            (folder / CONFIG).write_text(self.config)
-            files += [CONFIG, *(file.name for file in folder.glob(SHARDED))]
-        return [*files, seal(folder, files, part, len(writers), save)]
+    def _written(self, checkpoint: Path, files: list[str]) -> None:
+        """What the writing thread does with a checkpoint of which this rank has written ``files``."""
+        if self.uploader is None:
+            self._rotate()
+        else:
+            self.uploader.put(checkpoint, files, self._rotate)
 
     def _rotate(self) -> None:
         if self.keep > 0 and dist.get_global_rank() == 0:
@@ -210,24 +196,29 @@ class Checkpointer(Callback):
             except Exception as error:  # too many checkpoints are no reason to stop
                 log.warning("old checkpoints in %s could not be deleted: %s", self.folder, reason(error))
 
-    def _wait_for_uploads(self) -> None:
-        """Wait for all ranks' uploads, in short exchanges, for a long one would pass for a hang. A collective call.
+    def settle(self, uploads: bool = True) -> None:
+        """Wait until all ranks have written, and uploaded.
+
+        A collective call, in short exchanges: a long one would pass for a hang.
 
         Raises:
-            UserError: one has failed for good, on whichever rank.
+            UserError: a rank has failed for good.
         """
-        if self.uploader is None:
-            return
+        stage, patience = self.writer if self.uploader is None else self.uploader, time.monotonic() + 60
         while True:
-            mine = (self.uploader.busy, self.uploader.failure, self.uploader.used, self.uploader.done)
+            mine = (self._busy if uploads else self.writer.busy, self._failure, stage.used, stage.done)
             busy, failures, used, done = zip(*dist.all_gather_object(mine), strict=True)
             arrived = [name for uses, name in zip(used, done, strict=True) if uses]
             if arrived and all(arrived):
                 self.safe = min(arrived, key=age)
             for failure in filter(None, failures):
+                self.told = True
                 raise UserError(f"{failure}{self._safe()}")
             if not any(busy):
                 return
+            if dist.get_global_rank() == 0 and time.monotonic() > patience:
+                log.warning("still waiting for a checkpoint to be written to %s", self.folder)
+                patience += 60
             time.sleep(0.2)
 
     def _safe(self) -> str:
@@ -236,40 +227,32 @@ class Checkpointer(Callback):
     def finish(self, state: State, metrics: Path) -> None:
         """Save the end of the run with its last evaluation, and wait for the uploads. A collective call."""
         self.save(state)
-        self._wait_for_uploads()
+        self.settle()
         if dist.get_global_rank() == 0:
             checkpoint = self.local / name_at(*_time(state))
             checkpoint.mkdir(exist_ok=True)
             shutil.copyfile(metrics, checkpoint / METRICS)
             if self.uploader is not None:
                 self.uploader.put(checkpoint, [METRICS], self._rotate)
-        self._wait_for_uploads()
+        self.settle()
         self._rotate()
 
     def _leave(self, state: State, stopping: int) -> None:
         self.stop.ignore()
-        self._wait_for_uploads()
+        self.settle()
         if dist.get_global_rank() == 0:
             name, step = signal.Signals(stopping).name, int(state.timestamp.batch)
             log.warning("%s: stopped after step %d, which is saved; the same command goes on", name, step)
         raise SystemExit(128 + stopping)
 
 
-def _disk_fault(error: BaseException) -> str | None:
-    """What the operating system said when a file could not be written, if that is what went wrong."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    text = str(error)
-    return "the disk is full, or fails" if "PytorchStreamWriter" in text or "inline_container" in text else None
+def _writers(state: State) -> list[int]:
+    """The ranks that write: one, or, if each writes its shards, those of the first replica."""
+    if not state.fsdp_sharded_state_dict_enabled:
+        return [0]
+    mesh = state.device_mesh
+    return mesh.mesh.reshape(-1, mesh.mesh.shape[-1])[0].tolist() if mesh is not None else []
 
 
 def _time(state: State) -> tuple[int, int]:
     return int(state.timestamp.batch), int(state.timestamp.epoch)
-
-
-def _without_rng(state_dict: dict[str, Any]) -> None:
-    # Every step seeds its own generators; what Composer would save of them is pickled objects.
-    state_dict["rng"] = []

@@ -150,7 +150,10 @@ class Guard(Callback):
         checkpointer = _checkpointer(state)
         if checkpointer is None:
             return "; the run saves no checkpoints (trainer.save_folder)"
-        checkpointer.save(state)
+        try:
+            checkpointer.save(state, wait=True)
+        except UserError as error:
+            return f"; {error}"
         return f"; checkpoint ep{int(state.timestamp.epoch)}-ba{int(state.timestamp.batch)} is of before"
 
     def _remedy(self) -> str:
@@ -226,5 +229,12 @@ def _checkpointer(state: State) -> Checkpointer | None:
 
 
 def _newest(state: State) -> str:
+    """What training could go on from. A collective call."""
     checkpointer = _checkpointer(state)
-    return f"; {checkpointer.safe} is the newest checkpoint" if checkpointer and checkpointer.safe else ""
+    if checkpointer is None:
+        return ""
+    try:
+        checkpointer.settle(uploads=False)
+    except UserError as error:
+        return f"; {error}"
+    return f"; {checkpointer.safe} is the newest checkpoint" if checkpointer.safe else ""

@@ -312,7 +312,7 @@ _METADATA_NAMES = {
         *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
     },
     "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath"},
+    **{module: {"Path", "PosixPath"} for module in ("pathlib", "pathlib._local")},  # as Python 3.13 names it
 }
 
 

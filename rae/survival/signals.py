@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,20 @@ import torch
 from rae.survival.processes import world_size
 
 FAILED = 1000
-"""Stands beside signals for an upload that has failed on some rank."""
+"""Stands beside signals for a checkpoint that could not be written, or uploaded, on some rank."""
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside this context SIGTERM is ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:
@@ -37,8 +52,8 @@ class StopRequest:
 
     def unlisten(self) -> None:
         """Give both signals back to whom they were taken from."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
 
     def _handle(self, handler: Any) -> None:
         if threading.current_thread() is threading.main_thread():

@@ -14,6 +14,7 @@ from rae.config.sections import Config
 from rae.data.reader import DataError
 from rae.survival.checkpoints import METRICS
 from rae.survival.processes import rank
+from rae.survival.signals import undisturbed
 from rae.training.build import build_trainer, initialize
 from rae.training.checks import check
 from rae.training.saving import alone, folder_alone
@@ -53,8 +54,10 @@ def train(config: Config) -> Trainer:
             _fit(config, trainer, checkpointers)
         except BaseException:
             for checkpointer in checkpointers:  # while the interpreter still can
-                checkpointer.finish_uploads()
-            trainer.engine.close()  # trainer.close() would wait for ranks that wait for this one
+                checkpointer.finish_saving(config.trainer.get("dist_timeout", 300.0))
+                checkpointer.stop.unlisten()
+            with undisturbed():  # by the launcher, which ends the ranks that are left
+                trainer.engine.close()  # trainer.close() would wait for ranks that wait for this one
             raise
         trainer.close()
     return trainer
