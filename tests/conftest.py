@@ -25,7 +25,7 @@ from rae.data.conversion import write_shards
 from rae.data.listing import list_images
 from rae.data.parts import Options
 from rae.survival.checkpoints import fetch, in_form, list_checkpoints, without_code
-from tests.forks import run_ranks
+from tests.forks import PATIENCE, run_ranks
 
 _CACHE = tempfile.TemporaryDirectory(prefix="rae-cache-")
 os.environ["RAE_CACHE"] = _CACHE.name
@@ -93,9 +93,8 @@ def run(*command: str, check: bool = True, **kwargs) -> subprocess.CompletedProc
     """Run a command from the project's folder with this interpreter's tools on the PATH."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment.update(kwargs.pop("env", {}))
-    done = subprocess.run(
-        command, cwd=kwargs.pop("cwd", ROOT), capture_output=True, text=True, timeout=300, env=environment, **kwargs
-    )
+    options = dict(cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=environment) | kwargs
+    done = subprocess.run(command, **options)
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done

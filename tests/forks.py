@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 1200
+"""Seconds after which what a test waits for counts as hanging: more than it takes on the busiest machine."""
 _forks = multiprocessing.get_context("forkserver")
 
 
@@ -38,7 +40,7 @@ def run_ranks(folder: Path, *words: str, count: int = 2, **env: str) -> list[str
             ranks[-1].start()
     try:
         for process in ranks:
-            process.join(240)
+            process.join(PATIENCE)
     finally:
         for process in ranks:
             process.kill()

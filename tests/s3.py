@@ -13,6 +13,8 @@ from pathlib import Path
 import boto3
 from botocore.config import Config
 
+from tests.forks import PATIENCE
+
 BUCKET = "images"
 KEYS = {
     "admin": ["Admin", "Read", "Write", "List", "Tagging"],
@@ -72,7 +74,7 @@ class Server:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        client, end = self.client(), time.monotonic() + 60
+        client, end = self.client(), time.monotonic() + PATIENCE
         while True:
             try:
                 client.put_object(Bucket=BUCKET, Key="probe", Body=b"1")

@@ -20,7 +20,7 @@ from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 
 from rae.survival.processes import one_at_a_time
-from tests.conftest import ROOT, files_of_at_most, write_images
+from tests.conftest import PATIENCE, ROOT, files_of_at_most, write_images
 
 FOLDER, HF, VERIFY = "convert/imagefolder_to_mds.py", "convert/hf_to_mds.py", "convert/verify_mds.py"
 
@@ -154,7 +154,7 @@ def test_an_interrupted_conversion_goes_on_where_complete_shards_end(tmp_path, s
     while process.poll() is None and len(list(staging.glob("conversion/0*.json"))) < 3:
         time.sleep(0.02)
     process.send_signal(stop)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == (130 if stop == signal.SIGINT else -stop)
     assert not (tmp_path / "out").exists()
     assert not (staging / "index.json").exists()

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 
 import pytest
 import torch
@@ -199,9 +198,7 @@ def test_shipped_configurations_offline(name, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.chdir(ROOT)
     overrides = SMALL + (SMALL_D if name != "rae_demo" else ["data.train.path=no/data", "data.eval.path=no/data/eval"])
-    began = time.monotonic()
     found = plan(f"yamls/{name}.yaml", overrides, gpus=1, kinds=("H100",))
-    assert time.monotonic() - began < 60
     assert found["images"] is None
     assert all(each["fault"] for each in found["data"])
     assert found["steps"] is None

@@ -26,7 +26,7 @@ from rae.evaluation.gallery import choose, write_gallery
 from rae.evaluation.pictures import SCALE, colours, comparison, difference_map
 from rae.evaluation.reconstruction import Reconstruction, Record, build_figures, summarize, write_figures
 from rae.exchange.sources import open_source
-from tests.conftest import write_images
+from tests.conftest import PATIENCE, write_images
 
 METRICS = "metrics={psnr: {}, ssim: {}, feature_distance: {model: tf_efficientnet_lite0, weights: random, levels: [0]}}"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -402,4 +402,4 @@ def dumped(url: str, scratch: Path) -> str:
         f" --disable-component-update --disable-sync --user-data-dir={scratch}/profile --virtual-time-budget=2000"
     )
     command = [CHROMIUM, *options.split(), "--dump-dom", url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout

@@ -137,8 +137,11 @@ def test_every_figure_of_a_step(trajectory, step):
         if value == 0.0:  # the GAN term is not there yet
             assert NAMES[name] not in record
         else:
-            # Rounding differs from processor to processor; from the fifth step on the GAN has made it visible.
-            assert record[NAMES[name]] == pytest.approx(value, rel=1e-4 if step < 4 else 2e-3), name
+            # Rounding differs from processor to processor; from the fifth step on the GAN makes it larger and larger.
+            # An accuracy is a share of places, of which one or another is on the edge.
+            relative = 1e-4 if step < 4 else 2e-3 if step < 6 else 1e-2
+            tolerance = {"abs": 2e-3} if name == "disc_accuracy" else {"rel": relative}
+            assert record[NAMES[name]] == pytest.approx(value, **tolerance), name
     assert ("discriminator/loss" in record) == ("disc_loss" in expected)
 
 

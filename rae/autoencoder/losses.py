@@ -157,7 +157,8 @@ class _UnitDistance(torch.autograd.Function):
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).add_(1e-10)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).add_(1e-10)
 
 
 def unit_features(x: Tensor) -> Tensor:
