@@ -1,7 +1,9 @@
 """Train a Representation Autoencoder: ``composer train.py yamls/rae_dino.yaml key=value key.sub=value …``"""
 
 import argparse
+import gc
 import os
+import signal
 import sys
 
 from rae.config.errors import RankError, UserError
@@ -21,10 +23,14 @@ def main() -> None:
         follow_parent()  # a rank that outlived its killed launcher would train on beside the next start
     try:
         config = load_config(arguments.config, arguments.overrides)
-        from rae.training.run import train  # Composer takes seconds to import: not before the configuration stands
+        # Composer takes seconds to import: not before the configuration stands, and without looking for garbage in it.
+        gc.disable()
+        from rae.training.run import train
 
+        gc.enable()
         train(config)
     except UserError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, for those that are left; this one is leaving
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
