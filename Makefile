@@ -5,9 +5,11 @@ VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # make test-long: the tests that take a minute or more each.
+# make test-processors: the tests as processors without AVX-512, without AVX2 and under load would run them.
 # make soak: kill runs at many moments and compare their ends.
 # make bench: the training step beside the textbook's; memory, costs, start-up, scaling.
-.PHONY: test test-long soak bench bench-data demo env clean
+# make lock: resolve pyproject.toml again, to the newest releases that it admits.
+.PHONY: test test-long test-processors soak bench bench-data demo env lock clean
 
 test: env
 	@ruff check --quiet . && ruff format --quiet --check .
@@ -16,6 +18,9 @@ test: env
 
 test-long: env
 	@python -m pytest -n 0 -m long
+
+test-processors: env
+	@python -m tests.processors
 
 soak: env
 	@python -m tests.soak
@@ -31,19 +36,18 @@ bench-data: env
 
 env: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
-		|| { echo "error: Python 3.10 to 3.12 is needed; set PYTHON=python3.11, say"; exit 2; }
+$(VENV)/.ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "error: Python 3.11 to 3.13 is needed; set PYTHON=python3.12, say"; exit 2; }
 	@echo "installing into $(VENV) (6 GB, a few minutes)"
-	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
-	@python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
-	@# diffusers and streaming cannot share an environment: they want transformers from 5 on and below 5 (and diffusers 0.42
-	@# builds SigLIP with no transformers after 5.3). The tests run it as a process of its own, with this folder and our torch.
-	@# It asks for Python 3.11 or later: on 3.10 those tests are skipped.
-	@rm -rf $(VENV)/diffusers
-	@python -m pip install --quiet --disable-pip-version-check --target $(VENV)/diffusers \
-		'diffusers>=0.42,<0.43; python_version >= "3.11"' 'transformers>=5.3,<5.4; python_version >= "3.11"'
+	@$(PYTHON) -m venv --clear $(VENV) || { echo "error: no venv; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
+	@python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
+	@uv pip install --quiet --python $(VENV)/bin/python --compile-bytecode --no-deps -r requirements.txt -e .
 	@touch $@
+
+lock: env
+	@uv pip compile --quiet --universal --upgrade --no-annotate --custom-compile-command 'make lock' --extra demo --extra dev --group composer \
+		pyproject.toml -o requirements.txt
 
 clean:
 	@rm -rf $(VENV) runs data

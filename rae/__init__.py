@@ -10,7 +10,12 @@ from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any
 
+from rae.config.errors import NotInstalledError
+
 __version__ = "0.1.0"
+
+APART = ("mosaicml==0.32.1", "mosaicml-cli==0.7.5", "mosaicml-streaming==0.13.0")
+"""What is installed without its dependencies; see pyproject.toml."""
 
 _PUBLIC = {
     "load": "rae.exchange.exports",
@@ -33,7 +38,10 @@ def __getattr__(name: str) -> Any:
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Finds modules under the names that the guide had for them before, which users' plugins still import."""
+    """Finds modules under the names that the guide had for them before, which users' plugins still import.
+
+    It is asked last, so it also says what to do about a library that is not there.
+    """
 
     places = {  # noqa: RUF012 - a table
         "rae.registry": ["rae.config.registry", "rae.config.times", "rae.config.arguments", "rae.config.errors"],
@@ -44,6 +52,8 @@ class _Moved(MetaPathFinder, Loader):
     }
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname in ("composer", "streaming"):  # and no other finder has found it
+            raise NotInstalledError(f"{fullname} is not installed: pip install --no-deps {' '.join(APART)}")
         known = ".".join(fullname.split(".")[:2]) in self.places
         return ModuleSpec(fullname, self, is_package=fullname != "rae.demo") if known else None
 

@@ -1,4 +1,4 @@
-"""Run with diffusers on the path: what its AutoencoderRAE makes of exported folders.
+"""What diffusers' AutoencoderRAE makes of exported folders, in a process of its own.
 
 Beside each folder FOLDER that it is given, FOLDER.safetensors receives the latents and reconstructions of the images in
 the file it is given first, and FOLDER-saved the model as diffusers itself saves it. ``native`` beside the images is a
@@ -10,8 +10,23 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderRAE
+from diffusers.models.autoencoders import autoencoder_rae
 from safetensors.torch import load_file, save_file
+from transformers import SiglipVisionModel
 
+
+class SiglipBefore(torch.nn.Module):
+    """SigLIP as transformers built it before 5.4, which is what diffusers 0.42 still asks it for."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vision_model = SiglipVisionModel(config)
+
+    def forward(self, *args, **kwargs):
+        return self.vision_model(*args, **kwargs)
+
+
+autoencoder_rae.SiglipVisionModel = SiglipBefore
 torch.set_num_threads(1)
 images, *folders = sys.argv[1:]
 image = load_file(images)["image"]

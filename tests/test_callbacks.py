@@ -2,7 +2,9 @@
 
 import json
 import logging
+import struct
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -260,13 +262,26 @@ def in_tensorboard(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def logged(stored: bytes) -> Iterator[bytes]:
+    """The records of W&B's file, which is a LevelDB log: blocks of 32 kB, of parts with a checksum, length and type."""
+    place, record = 7, b""  # after its own header
+    while place + 7 <= len(stored):
+        if (left := -place % 32768) < 7 and left:
+            place += left  # too little for a part's header
+            continue
+        _, length, kind = struct.unpack_from("<IHB", stored, place)
+        record += stored[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
 def in_wandb(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, series, record = DataStore(), defaultdict(list), Record()
-    store.open_for_scan(str(wandb_file(run_dir)))
-    while (data := store.scan_data()) is not None:
+    series, record = defaultdict(list), Record()
+    for data in logged(wandb_file(run_dir).read_bytes()):
         record.ParseFromString(data)
         for item in record.history.item:
             name, value = "/".join(item.nested_key) or item.key, json.loads(item.value_json)

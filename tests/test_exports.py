@@ -99,13 +99,9 @@ def diffusers_folders(tmp_path_factory) -> dict[tuple[str, bool], tuple[Source, 
         export(source, str(folder), "diffusers")
         made[kind, stats] = (source, folder)
     save_file({"image": IMAGE}, root / "images.safetensors")
-    beside = Path(sys.prefix, "diffusers")
-    if sys.version_info < (3, 11):
-        pytest.skip("diffusers asks for Python 3.11")
-    assert beside.is_dir(), f"diffusers is not in {beside}; make env installs it"
     folders = [str(folder) for _, folder in made.values()]
     script = [str(ROOT / "tests/diffusers_reads.py"), str(root / "images.safetensors")]
-    run(sys.executable, *script, *folders, env={"PYTHONPATH": str(beside), "HF_HUB_OFFLINE": "1"})
+    run(sys.executable, *script, *folders, env={"HF_HUB_OFFLINE": "1"})
     return made
 
 

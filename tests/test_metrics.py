@@ -151,7 +151,11 @@ def inception(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fidelity_inception, "load_state_dict_from_url", lambda *args, **kwargs: {})
         patch.setattr(extractor, "load_state_dict", lambda self, state: None)
-        torch.save(extractor("random", ["2048"]).state_dict(), path)
+        random = extractor("random", ["2048"])
+        for module in random.modules():  # such that features are of the size of 1, and differ from image to image
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+        torch.save(random.state_dict(), path)
     return path, extractor("theirs", ["2048"], feature_extractor_weights_path=str(path)).eval()
 
 
@@ -166,8 +170,9 @@ def test_rfid_has_the_moments_of_torch_fidelitys_features(inception):
     mean, count = metric.fake_features_sum / 3, metric.fake_features_num_samples
     assert int(count) == int(metric.real_features_num_samples) == 3
     cov = (metric.fake_features_cov_sum - 3 * torch.outer(mean, mean)) / 2
-    assert np.allclose(mean, features.mean(0), rtol=1e-5, atol=1e-6)
-    assert np.abs(cov.numpy() - np.cov(features, rowvar=False)).max() < 1e-5 * float(cov.abs().max())
+    assert features.std() > 0.01
+    assert np.allclose(mean, features.mean(0), rtol=1e-4, atol=1e-5 * features.max())
+    assert np.abs(cov.numpy() - np.cov(features, rowvar=False)).max() < 1e-4 * float(cov.abs().max())
 
 
 def test_another_networks_file_is_no_inception(tmp_path):

@@ -147,7 +147,7 @@ def test_wandb_gets_figures_and_pictures_offline(settings, tmp_path, monkeypatch
     assert list((tmp_path / "run/wandb").rglob("media/images/**/*.png"))
 
 
-def test_wandb_without_a_login_is_one_line(settings, tmp_path, monkeypatch):
+def test_wandb_without_a_login_is_one_line(settings, tmp_path, monkeypatch, request):
     import wandb
 
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
@@ -155,8 +155,9 @@ def test_wandb_without_a_login_is_one_line(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setattr("sys.stdin", None)  # nobody to ask
     wandb.teardown()  # it reads the environment once
+    request.addfinalizer(wandb.teardown)
     settings["loggers"] = {"wandb": {"project": "rae"}}
-    with pytest.raises(registry.UserError, match=r"^loggers\.wandb: .*not configured.*`wandb login`.*=offline$"):
+    with pytest.raises(registry.UserError, match=r"^loggers\.wandb: .*No API key.*; run `wandb login`.*=offline$"):
         train(Config.model_validate(settings))
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 
 import pytest
 
@@ -9,7 +10,7 @@ from rae.__main__ import main
 from rae.config.errors import UserError
 from rae.evaluation.reconstruction import FIGURES, whole_folder
 from rae.exchange.places import new_folder
-from rae.survival.storage import written
+from rae.survival.storage import RemoteFolder, written
 
 HELPERS = {
     "written": lambda out: written(out, "OUT"),
@@ -62,3 +63,12 @@ def test_an_unforeseen_error_of_the_system_is_one_line(monkeypatch, capsys):
         main(["curves", "runs/theirs"])
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'runs/theirs'\n"
+
+
+@pytest.mark.parametrize(("scheme", "extra"), [("gs", "gcs"), ("oci", "oci"), ("azure", "azure")])
+def test_a_client_that_is_not_installed_is_one_line(scheme, extra, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, {"gs": "google.cloud.storage", "azure": "azure.storage.blob"}.get(scheme, scheme), None
+    )
+    with pytest.raises(UserError, match=rf"^{scheme}://b/f: the client for {scheme}:// .*install -e '\.\[{extra}\]'$"):
+        RemoteFolder(f"{scheme}://b/f")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import rae
 from tests.conftest import ROOT
 
 HOUSE = ROOT / "rae"
@@ -75,8 +76,11 @@ def test_only_some_know_composer_from_the_start():
 def test_the_method_needs_torch_and_timm_alone(tmp_path):
     """In a process where nothing else that the project depends on can be imported."""
     listed = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
-    packages = {re.match(r"[\w-]+", each)[0].lower() for each in re.findall(r'"(.*?)"', listed[1])}
-    needed = {"torch", "torchvision", "timm", "pyyaml", "safetensors", "huggingface_hub", "pillow"}  # timm's own
+    apart = re.search(r"^composer = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    named = re.findall(r'"(.*?)"', listed[1] + apart[1])
+    packages = {re.match(r"[\w.-]+", each)[0].lower() for each in named}
+    needed = {"torch", "torchvision", "timm", "pyyaml", "safetensors", "huggingface_hub", "pillow"}  # timm's own,
+    needed |= {"numpy", "tqdm", "requests", "packaging"}  # and theirs
     modules = {"mosaicml": "composer", "mosaicml-streaming": "streaming", "torch-fidelity": "torch_fidelity"}
     hidden = sorted(modules.get(name, name) for name in packages - needed)
     assert {"composer", "streaming", "pydantic", "omegaconf", "transformers", "torchmetrics"} <= set(hidden)
@@ -131,3 +135,17 @@ def test_files_and_functions_are_short(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{path.name}:{node.lineno} {node.name}"
+
+
+def test_what_is_installed_apart_is_named_once():
+    """pyproject.toml, requirements.txt, README, and what is said when it is not there."""
+    group = re.search(r"^composer = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert re.findall(r'"(.*?)"', group) == list(rae.APART)
+    locked = (ROOT / "requirements.txt").read_text()
+    assert set(rae.APART) <= set(locked.splitlines())
+    assert "://" not in locked
+    assert f"pip install --no-deps {' '.join(rae.APART)}" in (ROOT / "README.md").read_text()
+    hide = "import sys; sys.path_importer_cache.clear(); sys.path = [p for p in sys.path if 'site-packages' not in p]"
+    script = f"{hide}; import rae\ntry:\n    import streaming\nexcept rae.config.errors.UserError as e:\n    print(e)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"streaming is not installed: pip install --no-deps {' '.join(rae.APART)}"

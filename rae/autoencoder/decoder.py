@@ -123,7 +123,7 @@ class Decoder(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions
         for block in self.blocks:
             x = block(x)
-        hidden = self.norm(x)[:, 1:]
+        hidden = self.norm(x[:, 1:])
         return unpatchify(self.head(hidden), self.patch_size), hidden
 
 

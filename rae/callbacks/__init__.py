@@ -1,6 +1,6 @@
 """Plugins that watch training: pictures, figures, logs, guards, checkpoints.
 
-May import: config, survival, autoencoder, data, algorithms.
+May import: adapters, config, survival, autoencoder, data, algorithms.
 """
 
 from rae.callbacks import console, guard, histograms, jsonl, pictures, referee, wandb

@@ -7,6 +7,7 @@ from composer import Logger, State
 from composer.loggers import WandBLogger
 from composer.utils import dist
 
+from rae.adapters.composer import mend_wandb_logger
 from rae.config.errors import UserError
 from rae.config.registry import register
 
@@ -43,13 +44,15 @@ class WandB(WandBLogger):
         """
         import wandb
 
+        mend_wandb_logger()
         try:
             super().init(state, logger)
         except wandb.Error as error:
             dist.broadcast_object_list([None, None])  # the run's entity and project, for which the other ranks wait
+            said = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"loggers.wandb: W&B does not begin: {' '.join(str(error).split())}; run `wandb login`, or set "
-                "WANDB_API_KEY or WANDB_MODE=offline"
+                f"loggers.wandb: W&B does not begin: {said}; run `wandb login`, or set WANDB_API_KEY or "
+                "WANDB_MODE=offline"
             ) from error
         except AssertionError as error:  # of those that are told of none
             raise UserError("loggers.wandb: W&B does not begin on the first rank, which says why") from error

@@ -10,5 +10,9 @@ class UserError(Exception):
     """A mistake that the user can mend. The message is one line that names the thing and the remedy."""
 
 
+class NotInstalledError(UserError, ImportError):
+    """A library that pip does not install by itself is not there."""
+
+
 class RankError(UserError):
     """A condition that one rank alone met, so that it must say so itself."""

@@ -208,12 +208,13 @@ def frechet_distance(mean: Tensor, cov: Tensor, other_mean: Tensor, other_cov: T
 class _Inception(nn.Module):
     def __init__(self, weights: str | None):
         super().__init__()
-        from torchmetrics.image.fid import NoTrainInceptionV3
+        # Not torchmetrics' form of it, which from 1.9 on resizes with antialiasing: other figures than the published.
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
+        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.network((image * 255).round().to(torch.uint8))
+        return self.network((image * 255).round().to(torch.uint8))[0]
 
 
 @register("metric", "rfid")

@@ -56,6 +56,22 @@ _FIXED: dict[str, dict[str, Any]] = {  # what diffusers does not let a folder ch
         "layer_norm_eps": 1e-6,
     },
 }
+# Weights have transformers' names, which changed: folders have the older ones if they were saved before 5.4 or so, and
+# always those of SigLIP, which diffusers 0.42 asks for as it was then.
+_ATTENTION = [
+    *((f"attention.attention.{part}.", f"attention.{part[0]}_proj.") for part in ("query", "key", "value")),
+    ("attention.output.dense.", "attention.o_proj."),
+]
+_OLDER = {
+    "dinov2": _ATTENTION,
+    "mae": [
+        *_ATTENTION,
+        ("encoder.layer.", "layers."),
+        ("intermediate.dense.", "mlp.fc1."),
+        ("output.dense.", "mlp.fc2."),
+    ],
+    "siglip2": [("vision_model.", "")],
+}
 _DECODER = [  # published names -> diffusers' attention
     ("attention.attention.query.", "attention.to_q."),
     ("attention.attention.key.", "attention.to_k."),
@@ -98,6 +114,7 @@ def write(rae: RAE, folder: Path) -> None:
     encoder, decoder = rae.encoder.network, rae.decoder
     kind: Any = _check_expressible(rae)
     mean, std = _latent_scale(rae)
+    inside = "vision_model." if kind == "siglip2" else ""
     has_stats = rae.latent_mean is not None
     settings = Settings(
         encoder_type=kind,
@@ -115,7 +132,7 @@ def write(rae: RAE, folder: Path) -> None:
         noise_tau=rae.noise_tau,
     )
     state = {
-        **{f"encoder.{name}": tensor for name, tensor in encoder.backbone.state_dict().items()},
+        **{f"encoder.{inside}{name}": tensor for name, tensor in encoder.backbone.state_dict().items()},
         **_decoder_state(decoder),
         "encoder_mean": encoder.normalize.mean[None],
         "encoder_std": encoder.normalize.std[None],
@@ -270,6 +287,7 @@ def _encoder(
     with torch.device("meta"):
         expected = AutoModel.from_config(config).state_dict()
     expected = {key: tensor for key, tensor in expected.items() if not key.startswith(f"{norm}.")}
+    state = {_renamed(key, _OLDER[kind]): tensor for key, tensor in state.items()}
     check_tensors(state, expected, f"{name}: encoder")
     (scratch / ENCODER).mkdir(parents=True, exist_ok=True)
     mean, std = (scale[key].flatten().tolist() for key in ("encoder_mean", "encoder_std"))

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import precision_context
+from rae.autoencoder.layers import Frozen
 from rae.config.arguments import build
 from rae.config.sections import Config, Model
 from rae.plan.clock import Clock
@@ -31,19 +32,29 @@ from rae.plan.meter import Meter, networks_of, size_of, tensors_of
 from rae.training.build import build_model
 
 
-def unallocated(module: nn.Module) -> None:
+def unallocated(module: nn.Module, fake: FakeTensorMode) -> None:
     """Move a module from the meta device to fake tensors, its parameters staying the same objects."""
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        module._apply(_unallocated)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
+    for part in module.modules():
+        if isinstance(part, Frozen):
+            unallocated(part.network, fake)
+        for name, tensor in part.named_buffers(recurse=False):
+            part._buffers[name] = tensor if isinstance(tensor, FakeTensor) else _empty_like(tensor)
+        for parameter in part.parameters(recurse=False):
+            if not isinstance(parameter, FakeTensor):
+                empty = nn.Parameter(_empty_like(parameter), parameter.requires_grad)
+                fake.fake_tensor_converter.tensor_memo.clear()  # what is referred to weakly cannot be swapped
+                torch.utils.swap_tensors(parameter, empty)
 
 
-def _unallocated(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, FakeTensor):
-        return tensor
+def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+
+class _Here(DeviceCPU):
+    """A device on which everything is already: moving a module would take fake parameters for real ones."""
+
+    def module_to_device(self, module: nn.Module) -> nn.Module:
+        return module
 
 
 class Simulation:
@@ -84,10 +95,10 @@ class Simulation:
 
     def _begin(self) -> None:
         for module in (self.model, *networks_of(self.model, self.algorithms).values()):
-            unallocated(module)
+            unallocated(module, self.fake)
         for algorithm in self.algorithms:
             if isinstance(getattr(algorithm, "discriminator", None), nn.Module):
-                unallocated(algorithm.discriminator)  # type: ignore[attr-defined]
+                unallocated(algorithm.discriminator, self.fake)  # type: ignore[attr-defined]
         if self.shards > 1:
             _shard(self.model, self.config, self.mesh)
         self.optimizer = build(
@@ -101,7 +112,7 @@ class Simulation:
             model=self.model,
             rank_zero_seed=0,
             run_name="plan",
-            device=DeviceCPU(),
+            device=_Here(),
             max_duration=self.clock.duration,
             precision=Precision(self.config.trainer["precision"]),
             optimizers=self.optimizer,

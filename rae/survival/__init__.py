@@ -1,4 +1,4 @@
 """What a run needs to survive: processes that die, buckets, sealed checkpoints.
 
-May import: config.
+May import: adapters, config.
 """

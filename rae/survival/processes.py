@@ -11,7 +11,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rae.config.errors import UserError, first_line
+from rae.adapters.streaming import agreeing
+from rae.config.errors import RankError, UserError, first_line
 
 _SEGMENTS = Path("/dev/shm")
 
@@ -132,16 +133,19 @@ def opening(folders: Iterable[str], fault: str) -> Iterator[None]:
     Raises:
         UserError: Streaming's errors.
     """
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = local_rank() == 0
     try:
         with one_at_a_time("streaming") if first else nullcontext():
             if first:
                 remove_dead_segments(folders)
             barrier()
-            yield
+            with agreeing(of_local_leader):
+                yield
             barrier()
     except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{fault}: {first_line(error)}") from error
+        # A wrong path or cache is every rank's mistake; what else goes wrong may be one's alone.
+        kind = RankError if isinstance(error, RuntimeError) else UserError
+        raise kind(f"{fault}: {first_line(error)}") from error
 
 
 def barrier() -> None:
@@ -150,6 +154,17 @@ def barrier() -> None:
 
     if dist.is_initialized():
         dist.barrier()
+
+
+def of_local_leader(value: Any) -> Any:
+    """The value of this machine's first rank, on all its ranks. A collective call."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return value
+    told = [None] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    return told[dist.get_rank() - local_rank()]
 
 
 def of_first_rank(value: Any) -> Any:
@@ -208,7 +223,7 @@ def join_ranks() -> None:
     if world_size() == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(local_rank())
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except ValueError as error:
@@ -218,6 +233,11 @@ def join_ranks() -> None:
 def world_size() -> int:
     """Ranks of this launch, as the launcher says."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """This process's rank on its machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def rank() -> int:

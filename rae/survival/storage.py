@@ -6,6 +6,7 @@ The stores themselves are Composer's (``s3://``, ``gs://``, ``oci://``, ``azure:
 import contextlib
 import errno
 import functools
+import importlib
 import os
 import re
 import secrets
@@ -18,6 +19,11 @@ from urllib.parse import urlparse
 
 from rae.config.errors import UserError
 
+_CLIENTS = {  # scheme: our extra of that name, and what Composer and Streaming import for it
+    "gs": ("gcs", "google.cloud.storage"),
+    "oci": ("oci", "oci"),
+    "azure": ("azure", "azure.storage.blob"),
+}
 # S3: an unreachable server is to be found in seconds; uploads are tried again above this.
 _S3_CLIENT = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 3}}
 _S3_SETTINGS = [f"AWS_{name}" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE")]
@@ -82,6 +88,7 @@ class RemoteFolder:
         self.prefix = f"{parts.path.strip('/')}/" if parts.path.strip("/") else ""
         if parts.scheme not in ("s3", "gs", "oci", "azure"):
             raise UserError(f"{url}: {parts.scheme}:// is no known kind of storage; s3, gs, oci and azure are")
+        _check_client(parts.scheme, url)
         settings = map(os.environ.get, _S3_SETTINGS)
         with saying(self.url):
             self.store = _store(parts.scheme, parts.netloc, threading.get_native_id(), *settings)
@@ -255,6 +262,14 @@ def _store(scheme: str, bucket: str, thread: int, *settings: str | None) -> Any:
     if scheme == "s3":
         return S3ObjectStore(bucket, client_config=dict(_S3_CLIENT))
     return maybe_create_object_store_from_uri(f"{scheme}://{bucket}")
+
+
+def _check_client(scheme: str, url: str) -> None:
+    extra, module = _CLIENTS.get(scheme, ("", "boto3"))
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{url}: the client for {scheme}:// is not installed: pip install -e '.[{extra}]'") from error
 
 
 def is_remote(path: str) -> bool:

@@ -30,7 +30,7 @@ from rae.training.checks import in_epochs
 from rae.training.compilation import check_compiler, compile_networks
 from rae.training.data import build_train_loader, evaluators, open_eval, refer_all
 from rae.training.loading import explained, find_checkpoint, loading
-from rae.training.parallelism import parallelism
+from rae.training.parallelism import average_gradients, parallelism
 from rae.training.saving import build_checkpointer
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ def build_trainer(config: Config) -> Trainer:
     expected = None if ignored or arguments.get("load_strict_model_weights") is False else model
     with loading(config, checkpoint, ignored, expected) as load, explained(checkpoint):
         trainer = Trainer(**passed, **arguments, **load)
+    average_gradients(model)
     refer_all(config, trainer)
     return trainer
 

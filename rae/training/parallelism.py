@@ -1,14 +1,13 @@
 """Sharded training: what of Composer's FSDP2 fits this model, and what is refused."""
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
-from torch.distributed import ProcessGroup
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from rae.config.arguments import check_arguments
 from rae.config.errors import UserError
@@ -81,18 +80,15 @@ def parallelism(config: Config) -> ParallelismConfig | None:
     """What Composer's Trainer takes; None for DDP."""
     if not is_sharded(config):
         return None
-    if torch.distributed.get_backend() == "gloo":
-        _fsdp_collectives._get_gradient_divide_factors = _sum_then_divide
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # FSDP2's notice that it is experimental
         arguments: dict[str, Any] = {"state_dict_type": "full", **config.fsdp}
         return ParallelismConfig(fsdp=HybridFSDP2Config(**arguments))
 
 
-def _sum_then_divide(
-    reduce_scatter_group: ProcessGroup, all_reduce_group: ProcessGroup | None, *_: object
-) -> tuple[float, float]:
-    # gloo's reduce-scatter takes FSDP2's AVG for SUM without a word, and its all-reduce refuses AVG. A factor before
-    # the reduction, even of 1, makes FSDP2 sum, and the one after it divide.
-    groups = (reduce_scatter_group, all_reduce_group)
-    return 1.0, float(math.prod(group.size() for group in groups if group is not None))
+def average_gradients(model: nn.Module) -> None:
+    """See to it that sharded gradients are averages over the ranks, on whatever backend."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # gloo's reduce-scatter takes FSDP2's AVG for SUM without a word
+                module.set_force_sum_reduction_for_comms(True)

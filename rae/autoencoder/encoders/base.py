@@ -74,8 +74,12 @@ class PretrainedEncoder(Encoder):
         self.backbone = backbone
 
     def save_weights(self, folder: Path) -> str:
+        from transformers.core_model_loading import revert_weight_conversion
+
         mean, std = (tensor.flatten().tolist() for tensor in (self.normalize.mean, self.normalize.std))
-        save_pretrained(folder, self.backbone.config, self.backbone.state_dict(), self.final_norm, mean, std)
+        # Under the names that the hub has, which every version of transformers reads.
+        state = revert_weight_conversion(self.backbone, self.backbone.state_dict())
+        save_pretrained(folder, self.backbone.config, state, self.final_norm, mean, std)
         return "."
 
 
@@ -112,9 +116,12 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> tuple[Any, di
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it lists the weights that a part of a model leaves unused
+    # Loading takes a moment; a download keeps its bar.
+    hook = logging.set_tqdm_hook(lambda bar, given, named: bar(*given, **{**named, "disable": True}))
     try:
         processor, _ = BaseImageProcessor.get_image_processor_dict(name)
-        model, loading = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        told = dict(output_loading_info=True, ignore_mismatched_sizes=True)  # refused below, in a line
+        model, loading = model_class.from_pretrained(name, **told, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"cannot load the encoder {name!r}: {first_line(error)} (give a hub id, with a connection or a filled "
@@ -122,7 +129,9 @@ def from_pretrained(model_class: Any, name: str, **kwargs: Any) -> tuple[Any, di
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    lacking = [key for key in (*loading["missing_keys"], *loading["mismatched_keys"]) if "pooler" not in str(key)]
+        logging.set_tqdm_hook(hook)
+    lacking = sorted(key for key in (*loading["missing_keys"], *(k for k, *_ in loading["mismatched_keys"])))
+    lacking = [key for key in lacking if "pooler" not in key]
     if lacking:
         raise UserError(
             f"cannot load the encoder {name!r}: it lacks weights of a {model_class.__name__}, such as {lacking[0]}; "

@@ -15,7 +15,7 @@ class SigLIP2(PretrainedEncoder):
         input_size: pixels a side, a multiple of the patch size (16): 256 gives 256 tokens.
     """
 
-    final_norm = "vision_model.post_layernorm"
+    final_norm = "post_layernorm"
 
     def __init__(self, pretrained: str = "google/siglip2-base-patch16-256", input_size: int = 256):
         from transformers import SiglipVisionModel
