@@ -5,7 +5,7 @@ VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # make test-long: the tests that take a minute or more each.
-# make test-processors: the tests as processors without AVX-512, without AVX2 and under load would run them.
+# make test-processors: the tests as processors with fewer instructions, and a busy machine, would run them.
 # make soak: kill runs at many moments and compare their ends.
 # make bench: the training step beside the textbook's; memory, costs, start-up, scaling.
 # make lock: resolve pyproject.toml again, to the newest releases that it admits.

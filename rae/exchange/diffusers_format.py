@@ -56,8 +56,8 @@ _FIXED: dict[str, dict[str, Any]] = {  # what diffusers does not let a folder ch
         "layer_norm_eps": 1e-6,
     },
 }
-# Weights have transformers' names, which changed: folders have the older ones if they were saved before 5.4 or so, and
-# always those of SigLIP, which diffusers 0.42 asks for as it was then.
+# Tensors have the names of the transformers that saved them. Up to 5.3 those were these; for SigLIP, diffusers 0.42
+# knows no others.
 _ATTENTION = [
     *((f"attention.attention.{part}.", f"attention.{part[0]}_proj.") for part in ("query", "key", "value")),
     ("attention.output.dense.", "attention.o_proj."),
