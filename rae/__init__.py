@@ -47,6 +47,7 @@ class _Moved(MetaPathFinder, Loader):
         "rae.registry": ["rae.config.registry", "rae.config.times", "rae.config.arguments", "rae.config.errors"],
         "rae.encoders": ["rae.autoencoder.encoders"],
         "rae.decoder": ["rae.autoencoder.decoder"],
+        "rae.losses": ["rae.autoencoder.losses"],
         "rae.metrics": ["rae.evaluation.metrics", "rae.evaluation.frechet"],
         "rae.demo": ["rae.commands.demo"],
     }

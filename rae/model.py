@@ -50,6 +50,8 @@ class RunModel:
     """Outputs (B, …) in which a step's diagnosis looks for what is not finite, image by image."""
     histograms: ClassVar[tuple[str, ...]] = ()
     """Outputs of which ``callbacks.histograms`` shows the distribution."""
+    configured: ClassVar[tuple[str, ...]] = ()
+    """Entries of its state that its configuration decides, and no checkpoint: they are saved, and never loaded."""
     latent_shape: tuple[int, ...] | None = None
     """(C, h, w) of precomputed latents, if a batch may hold them."""
     noise_tau: float = 0.0

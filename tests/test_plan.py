@@ -11,6 +11,7 @@ from rae.__main__ import main
 from rae.autoencoder.decoder import SIZES, Decoder
 from rae.callbacks import operations
 from rae.callbacks.progress import step_operations
+from rae.config import registry
 from rae.config.errors import UserError
 from rae.config.loading import load_config
 from rae.config.sections import Config
@@ -150,6 +151,125 @@ def test_every_encoder(encoder, shards, tmp_path):
     assert found["gflops"][0]["decoder"] > found["gflops"][0]["encoder"] > 0
 
 
+USERS = """
+import torch
+from composer import ComposerModel
+from torch import nn
+from rae import Encoder, LossTerm, PerImage, RunModel, register
+from rae.autoencoder.layers import Frozen
+
+def pretrained():
+    from transformers import AutoModel
+    return AutoModel.from_pretrained("{folder}").requires_grad_(False)
+
+@register("encoder", "theirs")
+class Theirs(Encoder):
+    def __init__(self, input_size: int = 56):
+        super().__init__(32, input_size, 4, mean=[0.5] * 3, std=[0.5] * 3)
+        self.backbone, self.scale = pretrained(), torch.tensor(2.0)
+    def tokens(self, image):
+        return self.backbone(pixel_values=image).last_hidden_state[:, -16:] * self.scale
+
+@register("encoder", "read")
+class Read(Encoder):
+    def __init__(self, path: str):
+        super().__init__(8, 64, 4, mean=[0.5] * 3, std=[0.5] * 3)
+        self.conv = nn.Conv2d(3, 8, 16, 16)
+        self.conv.load_state_dict(torch.load(path))
+        self.norm = self.conv.weight.norm().item()
+    def tokens(self, image):
+        return (self.conv(image) / self.norm).flatten(2).transpose(1, 2)
+
+@register("encoder", "values")
+class Values(Read):
+    def __init__(self, path: str):
+        super().__init__(path)
+    def tokens(self, image):
+        return super().tokens(torch.from_numpy(image.numpy()))
+
+@register("algorithm", "sobel")
+class Sobel(LossTerm):
+    def __init__(self):
+        super().__init__("sobel")
+        self.kernel = torch.tensor([1.0, 0.0, -1.0]).expand(3, 1, 1, 3)
+    def compute(self, recon, image):
+        return nn.functional.conv2d(recon - image, self.kernel.to(recon.device), groups=3).abs().mean()
+
+@register("algorithm", "features")
+class Features(LossTerm):
+    def __init__(self):
+        super().__init__("features", network=pretrained())
+    def compute(self, recon, image):
+        recon, image = (nn.functional.interpolate(each, 56) for each in (recon, image))
+        return (self.network(recon).last_hidden_state - self.network(image).last_hidden_state).abs().mean()
+
+@register("discriminator", "judge")
+class Judge(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features, self.heads = Frozen(pretrained()), nn.ModuleList([nn.Linear(32, 1)])
+    def forward(self, image):
+        return self.heads[0](self.features(nn.functional.interpolate(image, 56)).last_hidden_state).flatten(1)
+
+@register("model", "kind", context=("image_size",))
+class Kind(RunModel, ComposerModel):
+    def __init__(self, image_size: int):
+        super().__init__()
+        self.teacher, self.network, self.image_size = pretrained(), nn.Conv2d(3, 3, 3, padding=1), image_size
+    def forward(self, batch):
+        return {"out": self.network(nn.functional.interpolate(batch["image"] / 255, 56))}
+    def loss(self, outputs, batch):
+        total = self.teacher(outputs["out"]).last_hidden_state.square().mean()
+        return {"total": total}
+"""
+
+
+@pytest.fixture
+def users(tmp_path, shards, monkeypatch):
+    """Settings whose plugins, in a file of the user's, read weights in their own way; forgotten after the test."""
+    for kind in registry._plugins:
+        registry.plugins(kind)
+    monkeypatch.setattr(registry, "_plugins", {kind: dict(named) for kind, named in registry._plugins.items()})
+    folder = TINY["dinov2"]["dinov2"]["pretrained"]
+    (tmp_path / "users.py").write_text(USERS.replace("{folder}", folder))
+    torch.save(torch.nn.Conv2d(3, 8, 16, 16).state_dict(), tmp_path / "conv.pt")
+    settings = tiny_settings(shards, tmp_path / "run") | {"imports": [str(tmp_path / "users.py")], "algorithms": {}}
+    del settings["data"]["eval"], settings["metrics"]
+    return settings
+
+
+def test_plugins_that_read_weights_are_planned(users, tmp_path, recwarn):
+    users["model"]["encoder"] = {"theirs": {}}
+    judge = {"discriminator": {"judge": {}}, "start": "0ba", "discriminator_start": "0ba"}
+    users["algorithms"] = {"sobel": {}, "features": {}, "adversarial": judge}
+    found = planned(users, tmp_path)
+    assert found["gflops"][0]["encoder"] > 0
+    assert found["gflops"][0]["features"] > 0
+    assert found["parameters"]["encoder"][0] == found["parameters"]["discriminator's backbone"][0] > 10_000
+    assert [str(each.message) for each in recwarn if "meta" in str(each.message)] == []
+
+
+def test_an_encoder_that_reads_a_file_is_planned(users, tmp_path):
+    users["model"]["encoder"] = {"read": {"path": str(tmp_path / "conv.pt")}}
+    assert planned(users, tmp_path)["gflops"][0]["encoder"] > 0
+
+
+def test_another_kind_of_model_that_reads_weights_is_planned(users, tmp_path):
+    users["model"] = {"kind": {}}
+    assert planned(users, tmp_path)["gflops"][0]["network"] > 0
+
+
+@pytest.mark.parametrize(
+    ("encoder", "line"),
+    [("values", r"users.py, line \d+: .*numpy.* without values"), ("read", r"users.py, line \d+: .*No such file")],
+)
+def test_what_a_plugin_cannot_do_in_a_plan_is_one_line(encoder, line, users, tmp_path):
+    path = tmp_path / ("conv.pt" if encoder == "values" else "none.pt")
+    users["model"]["encoder"] = {encoder: {"path": str(path)}}
+    with pytest.raises(UserError, match=line):
+        planned(users, tmp_path)
+
+
 def test_checkpoint_bytes(undisturbed, shards, tmp_path):
     found = planned(resumable(shards, undisturbed), tmp_path)["checkpoints"]
     saved = list_checkpoints(str(undisturbed / "checkpoints"))
@@ -283,8 +403,8 @@ def test_what_fits(shards, tmp_path):
         (["--images", "-1"], "--images must be at least 1"),
         (["--images", "3"], "an epoch of 3 images is less than one batch"),
         (["model.decoder.sise=ViTB"], "unknown key 'model.decoder.sise' (did you mean 'size'?)"),
-        (["trainer.max_duration=30sec"], "'30sec' cannot be planned"),
-        (["model.decoder.embed_dim=49"], "model.decoder: "),
+        (["trainer.max_duration=30sec"], "'30sec': sec is not counted here"),
+        (["model.decoder.embed_dim=49"], "model.decoder.embed_dim: 49 is not a multiple of"),
     ],
 )
 def test_mistakes_are_one_line(words, message, shards, tmp_path, capsys):

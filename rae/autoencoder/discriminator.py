@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rae.autoencoder.backbones import TimmFeatures, read_state_dict, weight_file, weightless
 from rae.autoencoder.layers import Frozen, resize
 from rae.config.registry import register
+from rae.config.values import Count
 
 
 class _Residual(nn.Module):
@@ -91,8 +92,21 @@ def _norm(kind: str, channels: int) -> nn.Module:
     if kind == "bn":  # the reference's name for it
         return _TokenNorm(channels)
     if kind == "gn":
+        if channels % 32:
+            raise ValueError(f"norm: gn has 32 groups, which do not divide a level's {channels} channels; take bn")
         return nn.GroupNorm(32, channels)
     raise ValueError(f"unknown norm {kind!r}; there are: bn, gn")
+
+
+def _check_tokens(kernel_size: int, norm: str, tokens: dict[str, int]) -> None:
+    """Refuse levels, by name, that have too few tokens for what their heads do."""
+    for name, count in tokens.items():
+        remedy = "a larger input_size, or a finer level"
+        if norm == "bn" and count == 1:
+            raise ValueError(f"{name} has a single token, of which norm: bn leaves nothing: choose {remedy}")
+        if kernel_size // 2 > count:  # a circular padding repeats each token once at most
+            few = f"{name} has {count} token{'s' * (count > 1)}, too few for kernel_size {kernel_size}"
+            raise ValueError(f"{few}: choose {2 * count + 1} at most, {remedy}")
 
 
 class Discriminator(nn.Module):
@@ -108,8 +122,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, features: nn.Module, channels: list[int], input_size: int, kernel_size: int, norm: str):
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, not {kernel_size}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, not {kernel_size}")
         self.features = Frozen(features)
         self.input_size = input_size
         self.heads = nn.ModuleList(_head(c, kernel_size, norm) for c in channels)
@@ -141,14 +155,14 @@ class _DINOFeatures(nn.Module):
 @register("discriminator", "dino")
 def dino(
     weights: str | None = None,
-    embed_dim: int = 384,
-    depth: int = 12,
-    num_heads: int = 6,
-    patch_size: int = 8,
+    embed_dim: Count = 384,
+    depth: Count = 12,
+    num_heads: Count = 6,
+    patch_size: Count = 8,
     blocks: list[int] = [2, 5, 8, 11],  # noqa: B006 - a default that YAML users read in the signature
-    kernel_size: int = 9,
+    kernel_size: Count = 9,
     norm: str = "bn",
-    input_size: int = 224,
+    input_size: Count = 224,
 ) -> Discriminator:
     """The published discriminator: DINO (arXiv 2104.14294) ViT-S/8 features.
 
@@ -160,12 +174,17 @@ def dino(
         embed_dim, depth, num_heads, patch_size: the backbone's sizes.
         blocks: features are taken after these blocks, counted from 0.
         kernel_size, norm: see :class:`Discriminator`.
-        input_size: images are resized to it.
+        input_size: images are resized to it, a multiple of the patch size.
     """
-    if not all(0 <= block < depth for block in blocks):
-        raise ValueError(f"blocks {blocks} must be between 0 and {depth - 1}")
-    if embed_dim % num_heads or input_size % patch_size:
-        raise ValueError("embed_dim must be a multiple of num_heads, and input_size of patch_size")
+    if min(embed_dim, depth, num_heads, patch_size, input_size) < 1:
+        raise ValueError("embed_dim, depth, num_heads, patch_size and input_size must be positive")
+    if not blocks or not all(0 <= block < depth for block in blocks) or len({*blocks}) < len(blocks):
+        raise ValueError(f"blocks {blocks} must name at least one between 0 and {depth - 1}, and each once")
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+    if input_size % patch_size:
+        raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
+    _check_tokens(kernel_size, norm, {"each block": (input_size // patch_size) ** 2})
     if weights is None and (embed_dim, depth, num_heads, patch_size, input_size) != (384, 12, 6, 8, 224):
         raise ValueError("weights are published for the default sizes only; give a file, or random")
     backbone = VisionTransformer(
@@ -215,9 +234,9 @@ def timm_discriminator(
     model: str,
     levels: list[int] | None = None,
     weights: str | None = None,
-    kernel_size: int = 9,
+    kernel_size: Count = 9,
     norm: str = "bn",
-    input_size: int = 224,
+    input_size: Count = 224,
 ) -> Discriminator:
     """Heads over any timm backbone's feature levels, e.g. an EfficientNet-Lite as in Projected GANs.
 
@@ -227,6 +246,8 @@ def timm_discriminator(
         input_size: images are resized to it.
     """
     features = TimmFeatures(model, levels, weights, input_size)
+    names = range(len(features.sizes)) if levels is None else sorted(levels)
+    _check_tokens(kernel_size, norm, {f"level {n}": h * w for n, (h, w) in zip(names, features.sizes, strict=True)})
     return Discriminator(_FlatMaps(features), features.channels, input_size, kernel_size, norm)
 
 

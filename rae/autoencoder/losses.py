@@ -257,12 +257,19 @@ class FeatureDistance(nn.Module):
     over channels and averaged over places; levels are added.
 
     Args:
-        model, levels, weights: see :class:`rae.autoencoder.backbones.TimmFeatures`.
+        model, levels, weights, input_size, image_size: see :class:`rae.autoencoder.backbones.TimmFeatures`.
     """
 
-    def __init__(self, model: str, levels: list[int] | None = None, weights: str | None = None):
+    def __init__(
+        self,
+        model: str,
+        levels: list[int] | None = None,
+        weights: str | None = None,
+        input_size: int | None = None,
+        image_size: int | None = None,
+    ):
         super().__init__()
-        self.features = Frozen(TimmFeatures(model, levels, weights))
+        self.features = Frozen(TimmFeatures(model, levels, weights, input_size, image_size))
 
     def per_image(self, recon: Tensor, image: Tensor) -> Tensor:
         """(B, 3, H, W) each -> (B,)"""

@@ -8,15 +8,32 @@ from composer import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from rae.autoencoder.backbones import weightless
 from rae.autoencoder.decoder import Decoder, load_published
 from rae.autoencoder.layers import blocks_of, fixed_latent_noise
 from rae.autoencoder.losses import note_gradient, value_and_gradient, with_gradient
 from rae.autoencoder.rae import RAE, quantize, to_float
 from rae.config.arguments import build, check_plugin
 from rae.config.errors import UserError
-from rae.config.registry import register
+from rae.config.registry import find, register
 from rae.config.sections import Model
 from rae.model import Counted, RunModel
+
+
+def build_planned(kind: str, entry: Any, where: str, **context: Any) -> Any:
+    """As :func:`rae.config.arguments.build`; for real where a user's plugin cannot be built on the meta device.
+
+    A plan builds everything there. Our own plugins read no weights then (:func:`rae.autoencoder.backbones.weightless`);
+    another's constructor may well, which works on a real device alone.
+    """
+    ((name, _),) = check_plugin(kind, entry, where).items()
+    try:
+        return build(kind, entry, where, **context)
+    except Exception:
+        if not weightless() or find(kind, name, where).__module__.startswith("rae."):
+            raise
+    with torch.device("cpu"):
+        return build(kind, entry, where, **context)
 
 
 def build_rae(settings: Model, image_size: int) -> RAE:
@@ -28,7 +45,7 @@ def build_rae(settings: Model, image_size: int) -> RAE:
     Raises:
         UserError: weights that cannot be had, or sizes that do not fit.
     """
-    encoder = build("encoder", settings.encoder, "model.encoder")
+    encoder = build_planned("encoder", settings.encoder, "model.encoder")
     sizes = settings.decoder.model_dump(exclude={"weights"})
     try:
         decoder = Decoder(encoder.embed_dim, image_size, **sizes)
@@ -57,13 +74,14 @@ class RAEModel(RunModel, ComposerModel):
 
     part, trains = "rae", "decoder"
     watched, histograms = ("latent", "recon"), ("latent",)
+    configured = ("rae.latent_mean", "rae.latent_var")
 
     def __init__(self, image_size: int, **settings: Any):
         super().__init__()
         chosen = Model.model_validate(settings)
         self.rae = build_rae(chosen, image_size)
         pixel = check_plugin("pixel_loss", chosen.pixel_loss, "model.pixel_loss")
-        self.pixel_loss, self.pixel_name = build("pixel_loss", pixel, "model.pixel_loss"), next(iter(pixel))
+        self.pixel_loss, self.pixel_name = build_planned("pixel_loss", pixel, "model.pixel_loss"), next(iter(pixel))
         self.image_size, self.latent_shape = image_size, self.rae.latent_shape
         self.eval_metrics: dict[str, Metric] = {}
 

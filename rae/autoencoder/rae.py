@@ -9,13 +9,18 @@ from rae.autoencoder.backbones import read_state_dict, weight_file, weightless
 from rae.autoencoder.decoder import Decoder
 from rae.autoencoder.encoders.base import Encoder
 from rae.autoencoder.layers import Frozen, add_latent_noise
-from rae.config.errors import UserError
+from rae.config.errors import InputError, UserError
+
+MARGIN = 0.1
+"""How far from [0, 1] an image may be: what resizing overshoots."""
 
 
 class RAE(nn.Module):
     """A frozen encoder and a trained decoder (arXiv 2510.11690). Needs no Trainer.
 
-    Images are float (B, 3, H, W) in [0, 1]; latents are (B, C, h, w).
+    Images are (B, 3, H, W), float in [0, 1] or uint8, and are resized to the encoder's square; latents are
+    (B, C, h, w). Both may be of any floating-point type, on the autoencoder's device. :meth:`encode`, :meth:`decode`
+    and ``forward`` refuse others with an :class:`rae.config.errors.InputError`, a ``ValueError``.
 
     Args:
         encoder: frozen here.
@@ -57,13 +62,22 @@ class RAE(nn.Module):
         return rae.load(folder, **options)  # type: ignore[misc]
 
     def encode(self, image: Tensor) -> Tensor:
-        """Image in [0, 1] -> latent; noised in train mode, normalised by the statistics if there are any."""
-        tokens = self.clean_tokens(image)
+        """Image -> latent; noised in train mode, normalised by the statistics if there are any.
+
+        Args:
+            image: (B, 3, H, W), uint8, or float in [0, 1] (:data:`MARGIN` beyond it is let through).
+        """
+        tokens = self.clean_tokens(self._checked_image(image))
         return self.latent_of(self.noised(tokens))
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latent -> image, around [0, 1] (not clamped)."""
-        return self.decode_with_hidden(latent)[0]
+        """Latent -> image, around [0, 1] (not clamped).
+
+        Args:
+            latent: (B, C, h, h); of another h than the encoder's, it is resized to the decoder's tokens (bilinear),
+                unless there are statistics, which are of one h.
+        """
+        return self.decode_with_hidden(self._checked_latent(latent))[0]
 
     def forward(self, image: Tensor) -> Tensor:
         """Image -> reconstruction."""
@@ -97,6 +111,39 @@ class RAE(nn.Module):
         image, hidden = self.decoder(latent)
         return image.float() * self.image_std + self.image_mean, hidden
 
+    def _checked_image(self, image: Tensor) -> Tensor:
+        wanted = "give images (B, 3, H, W) in [0, 1], or of uint8"
+        self._check_tensor(image, wanted)
+        if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
+            raise InputError(f"{wanted}, not {tuple(image.shape)}")
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise InputError(f"{wanted}, not of {image.dtype}")
+        # To look at values waits for the device, and would break a compiler's graph.
+        if image.is_floating_point() and not (image.is_meta or torch.compiler.is_compiling()):
+            low, high = (float(each) for each in image.detach().aminmax())
+            if not (low >= -MARGIN and high <= 1 + MARGIN):  # NaN is neither
+                raise InputError(f"{wanted}, not values from {low:.4g} to {high:.4g}")
+        return to_float(image).to(self.image_mean.dtype)
+
+    def _checked_latent(self, latent: Tensor) -> Tensor:
+        channels, grid, _ = self.latent_shape
+        wanted = f"give latents (B, {channels}, {grid}, {grid})"
+        self._check_tensor(latent, wanted)
+        if not latent.is_floating_point():
+            raise InputError(f"{wanted}, not of {latent.dtype}")
+        square = latent.ndim == 4 and latent.shape[2] == latent.shape[3]
+        if not square or latent.shape[1] != channels or 0 in latent.shape:
+            raise InputError(f"{wanted}, not {tuple(latent.shape)}")
+        if self.latent_mean is not None and latent.shape[3] != grid:
+            raise InputError(f"{wanted}, which the latent statistics are of, not {tuple(latent.shape)}")
+        return latent.to(self.image_mean.dtype)
+
+    def _check_tensor(self, tensor: Any, wanted: str) -> None:
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{wanted}, as a torch.Tensor, not a {type(tensor).__module__}.{type(tensor).__name__}")
+        if tensor.device != self.image_mean.device:
+            raise InputError(f"{wanted}, on {self.image_mean.device} as the autoencoder is, not on {tensor.device}")
+
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """What FSDP shards as a unit: each decoder block, and the decoder, which is called by itself."""
         return module is self.decoder or any(module is block for block in self.decoder.blocks)
@@ -116,7 +163,10 @@ def read_stats(path: str, encoder: Encoder) -> tuple[Tensor, Tensor]:
         if name not in state or tuple(state[name].shape) != shape:
             found = tuple(state[name].shape) if name in state else "missing"
             raise UserError(f"latent statistics {path}: {name!r} must have shape {shape}, but is {found}")
-    return state["mean"].float(), state["var"].float()
+    mean, var = state["mean"].float(), state["var"].float()
+    if not (mean.isfinite().all() and var.isfinite().all() and (var > 0).all()):
+        raise UserError(f"latent statistics {path}: they must be finite, and variances above 0; make them again")
+    return mean, var
 
 
 def to_float(image: Tensor) -> Tensor:

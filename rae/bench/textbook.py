@@ -92,7 +92,7 @@ class Textbook:
         parts.rae.train()
         parts.optimizer.zero_grad()
         with parts.autocast():
-            recon = parts.rae(image)
+            recon = self._recon(image)
             l1 = (recon - image).abs().mean()
             perceptual = parts.perceptual(recon * 2 - 1, image * 2 - 1).mean()
         rec = l1 + perceptual
@@ -113,9 +113,13 @@ class Textbook:
         if discriminate:
             parts.rae.eval()
             with torch.no_grad(), parts.autocast():
-                fake = quantize(parts.rae(image))
+                fake = quantize(self._recon(image))
             parts.update_discriminator(image, fake, figures)
         return {name: figure.detach() for name, figure in figures.items()}
+
+    def _recon(self, image: Tensor) -> Tensor:
+        rae = self.parts.rae  # whose forward would look at the images' values, and so wait for the device
+        return rae.decode_with_hidden(rae.latent_of(rae.noised(rae.clean_tokens(image))))[0]
 
 
 class Bare:

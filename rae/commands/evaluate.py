@@ -94,7 +94,8 @@ def _evaluate(arguments: argparse.Namespace, device: Any) -> "tuple[list[Evaluat
     if any(arguments.tau):
         _ = [source.rae for source in opened]  # refuses another kind of model: noise is for an autoencoder's latents
     configs = [source.config for source in opened]
-    metrics, said = choose_metrics(arguments.metrics, next((c.metrics for c in configs if c and c.metrics), None))
+    of_the_run = next((c.metrics for c in configs if c and c.metrics), None)
+    metrics, said = choose_metrics(arguments.metrics, of_the_run, opened[0].image_size)
     data, limit = (arguments.data, None) if arguments.data else data_of(opened)
     limit = arguments.limit or limit
     taus, results = tuple(dict.fromkeys(arguments.tau)), []

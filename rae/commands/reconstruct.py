@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         rae, size = source.rae, arguments.size or source.image_size
         images = ConcatDataset([open_images(path, size, limit=arguments.limit) for path in arguments.images])
         evaluated = source.config.metrics if source.config else {}
-        figures, replaced = build_figures(evaluated, arguments.lpips_weights, device)
+        figures, replaced = build_figures(evaluated, arguments.lpips_weights, device, size)
         if replaced:
             _tell(replaced)
         work = Reconstruction(rae, figures, folder, tuple(dict.fromkeys(arguments.tau)))

@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake that the user can mend. The message is one line that names the thing and the remedy."""
 
 
+class InputError(UserError, ValueError):
+    """An image or a latent of another form than a network takes."""
+
+
 class NotInstalledError(UserError, ImportError):
     """A library that pip does not install by itself is not there."""
 

@@ -150,13 +150,16 @@ def data_of(sources: list[Source]) -> tuple[str, int | None]:
     return found.pop()
 
 
-def choose_metrics(wanted: list[str] | None, known: dict[str, Any] | None) -> tuple[Metrics, list[str]]:
+def choose_metrics(
+    wanted: list[str] | None, known: dict[str, Any] | None, image_size: int | None = None
+) -> tuple[Metrics, list[str]]:
     """The metrics to compute, and what is to be said of them.
 
     Args:
         wanted: names, or plugins as ``name: {argument: value}``; None takes those that are known, or, where none are,
             PSNR, SSIM, colour bias, LPIPS and rFID.
         known: a run's metrics, whose arguments stand for bare names.
+        image_size: side of the images.
 
     Raises:
         UserError: one that there is not, or whose weights cannot be had.
@@ -171,7 +174,7 @@ def choose_metrics(wanted: list[str] | None, known: dict[str, Any] | None) -> tu
     for each in wanted or ():
         entries |= _parsed(each, known or {})
     try:
-        return build_metrics(entries), []
+        return build_metrics(entries, image_size), []
     except UserError as error:
         raise UserError(f"{str(error).rstrip(':')}; --metrics chooses others") from error
 

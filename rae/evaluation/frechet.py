@@ -251,13 +251,20 @@ class _Pooled(nn.Module):
         return self.features(image)[0].mean(dim=(2, 3))
 
 
-@register("metric", "frechet")
-def frechet(model: str, level: int = -1, weights: str | None = None) -> Metric:
+@register("metric", "frechet", context=("image_size",))
+def frechet(
+    model: str,
+    level: int = -1,
+    weights: str | None = None,
+    input_size: int | None = None,
+    image_size: int | None = None,
+) -> Metric:
     """Fréchet distance on a timm network's pooled features: not an FID, and comparable only with itself.
 
     Args:
-        model, weights: see :class:`rae.autoencoder.backbones.TimmFeatures`.
+        model, weights, input_size, image_size: see :class:`rae.autoencoder.backbones.TimmFeatures`.
         level: index into the model's ``feature_info``.
     """
-    features = TimmFeatures(model, [level], weights)
-    return FrechetDistance(_Pooled(features), features.channels[0], f"{model} {level}")
+    features = TimmFeatures(model, [level], weights, input_size, image_size)
+    size = f" {features.input_size}" if features.input_size else ""
+    return FrechetDistance(_Pooled(features), features.channels[0], f"{model} {level}{size}")

@@ -77,15 +77,21 @@ def ssim() -> Metric:
 
 
 @register("metric", "lpips")
-def lpips(network: str = "vgg", weights: str | None = None) -> Metric:
+def lpips(network: Literal["vgg", "alex", "squeeze"] = "vgg", weights: str | None = None) -> Metric:
     """LPIPS; see :class:`rae.autoencoder.losses.LPIPS`."""
     return PerImage(LPIPS(network, weights), BETTER["lpips"])
 
 
-@register("metric", "feature_distance")
-def feature_distance(model: str, levels: list[int] | None = None, weights: str | None = None) -> Metric:
+@register("metric", "feature_distance", context=("image_size",))
+def feature_distance(
+    model: str,
+    levels: list[int] | None = None,
+    weights: str | None = None,
+    input_size: int | None = None,
+    image_size: int | None = None,
+) -> Metric:
     """LPIPS's form on a timm network; see :class:`rae.autoencoder.losses.FeatureDistance`."""
-    return PerImage(FeatureDistance(model, levels, weights), BETTER["feature_distance"])
+    return PerImage(FeatureDistance(model, levels, weights, input_size, image_size), BETTER["feature_distance"])
 
 
 def _bias(recon: Tensor, image: Tensor, channel: int) -> Tensor:
@@ -151,30 +157,33 @@ OFFLINE = {"lpips": ("feature_distance", "efficientnet_lite1"), "rfid": ("freche
 """What stands in, under its own name, where published weights cannot be had: a metric on a network from a package."""
 
 
-def build_metrics(entries: dict[str, Any]) -> Metrics:
+def build_metrics(entries: dict[str, Any], image_size: int | None = None) -> Metrics:
     """The metrics that a configuration names; one of several figures gives each, as ``color_bias/red``.
 
     Args:
         entries: plugins by name.
+        image_size: side of the images, if that is known: supplied to plugins that were registered to take it.
 
     Raises:
         UserError: weights that cannot be had.
     """
     metrics: Metrics = {}
     for name, arguments in entries.items():
-        built = build("metric", {name: arguments}, "metrics")
+        built = build("metric", {name: arguments}, "metrics", image_size=image_size)
         metrics |= within(name, built) if isinstance(built, dict) else {name: built}
     return metrics
 
 
-def build_or_substitute(entries: dict[str, Any], name: str) -> tuple[Metrics, str | None]:
+def build_or_substitute(
+    entries: dict[str, Any], name: str, image_size: int | None = None
+) -> tuple[Metrics, str | None]:
     """The metrics of :func:`build_metrics`; if their weights cannot be had, what stands in for ``name``, or none.
 
     Returns:
         The metrics, and what is to be said when they are not those asked for.
     """
     try:
-        return build_metrics(entries), None
+        return build_metrics(entries, image_size), None
     except UserError as error:
         fault = str(error).rstrip(":")
     substitute, net = OFFLINE[name]

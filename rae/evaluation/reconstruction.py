@@ -273,13 +273,14 @@ def whole_folder(out: str, overwrite: bool = False) -> Iterator[Path]:
 
 
 def build_figures(
-    evaluated: Mapping[str, Any], lpips_weights: str | None, device: torch.device
+    evaluated: Mapping[str, Any], lpips_weights: str | None, device: torch.device, image_size: int | None = None
 ) -> tuple[dict[str, Figure], str | None]:
     """PSNR, SSIM, and a perceptual distance: LPIPS where VGG's weights can be had.
 
     Args:
         evaluated: the metrics of the run's evaluation, whose perceptual ones are taken if there are any.
         lpips_weights: VGG's weight file, if LPIPS is wanted with it.
+        image_size: side of the images.
 
     Returns:
         The figures by name, and, when LPIPS was not to be had, a line about what takes its place.
@@ -292,6 +293,6 @@ def build_figures(
         perceptual = build_metrics({"lpips": {"weights": lpips_weights}})
     else:
         wanted = {name: evaluated[name] for name in PERCEPTUAL if name in evaluated} or {"lpips": {}}
-        perceptual, said = build_or_substitute(wanted, "lpips")
+        perceptual, said = build_or_substitute(wanted, "lpips", image_size)
     built = build_metrics({"psnr": {}, "ssim": {}}) | perceptual
     return {name: metric.to(device).figure for name, metric in built.items()}, said  # type: ignore[misc]

@@ -2,17 +2,19 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from composer import Time
 
 from rae.autoencoder.encoders.architectures import PUBLISHED
 from rae.callbacks.jsonl import read_lines
-from rae.config.errors import UserError
+from rae.config.errors import UserError, first_line
 from rae.config.loading import load_config
 from rae.config.registry import find
 from rae.config.sections import Config, Model
@@ -21,7 +23,7 @@ from rae.plan.data import DataSet, epoch_images, survey
 from rae.plan.gpus import GPU, chosen
 from rae.plan.step import Simulation, checkpointing_of
 from rae.survival.storage import is_remote
-from rae.training.checks import check, in_epochs
+from rae.training.checks import check
 
 RESERVE = 2e9
 """Bytes beside tensors: the GPU's context, workspaces of cuDNN and NCCL, gaps between blocks. An assumption."""
@@ -85,7 +87,8 @@ def plan(
         raise UserError(f"data.batch_size: an epoch of {images:,} images is less than one batch")
     phases = phases_of(config, clock)
     layouts = {"ddp": 1, "fsdp": gpus // replicas} if gpus > 1 else {"ddp": 1}
-    parameters, memory, saved = _simulate(config, clock, phases, sizes, layouts, found)
+    with _naming_plugins(config):
+        parameters, memory, saved = _simulate(config, clock, phases, sizes, layouts, found)
     return {
         "run": config.run_name,
         "gpus": gpus,
@@ -104,6 +107,25 @@ def plan(
         "utilisation": utilisation,
         "measured": [*(_bench(bench, clock, phases) if bench else []), *_log(config, clock, phases)],
     }
+
+
+@contextmanager
+def _naming_plugins(config: Config) -> Iterator[None]:
+    """Say in a line what a file of the user's cannot do without values."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        steps = [(frame.f_globals.get("__name__", ""), frame, line) for frame, line in walk_tb(error.__traceback__)]
+        own = [step for step in steps if step[0] in config.imports or step[0].startswith("rae_plugin_")]
+        if not own:
+            raise
+        _, frame, line = own[-1]
+        raise UserError(
+            f"{frame.f_code.co_filename}, line {line}: {first_line(error)} (a plan builds the run's parts and takes "
+            "steps on tensors without values; docs/plugins.md says what a plugin can do)"
+        ) from error
 
 
 def _batch_sizes(config: Config, gpus: int) -> dict[str, int]:
@@ -234,7 +256,7 @@ def _checkpoints(config: Config, clock: Clock, size: int) -> dict[str, Any]:
     found: dict[str, Any] = {"bytes": size, "folder": folder, "number": None, "kept": None, "uploaded": None}
     if folder is None:
         return {**found, "number": 0, "kept": 0, "uploaded": 0}
-    interval = str(in_epochs(config.trainer.get("save_interval", "1ep")))
+    interval = config.trainer.get("save_interval", "1ep")
     if not clock.comparable or Time.from_timestring(interval).unit.value in ("sec", "iter"):
         return found
     every = clock.step_of(interval, "trainer.save_interval")

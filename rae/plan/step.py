@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import precision_context
-from rae.autoencoder.layers import Frozen
+from rae.autoencoder.model import build_planned
 from rae.config.arguments import build
 from rae.config.sections import Config, Model
 from rae.plan.clock import Clock
@@ -32,18 +32,33 @@ from rae.plan.meter import Meter, networks_of, size_of, tensors_of
 from rae.training.build import build_model
 
 
-def unallocated(module: nn.Module, fake: FakeTensorMode) -> None:
-    """Move a module from the meta device to fake tensors, its parameters staying the same objects."""
-    for part in module.modules():
-        if isinstance(part, Frozen):
-            unallocated(part.network, fake)
-        for name, tensor in part.named_buffers(recurse=False):
-            part._buffers[name] = tensor if isinstance(tensor, FakeTensor) else _empty_like(tensor)
-        for parameter in part.parameters(recurse=False):
-            if not isinstance(parameter, FakeTensor):
-                empty = nn.Parameter(_empty_like(parameter), parameter.requires_grad)
-                fake.fake_tensor_converter.tensor_memo.clear()  # what is referred to weakly cannot be swapped
-                torch.utils.swap_tensors(parameter, empty)
+def unallocated(holder: Any, fake: FakeTensorMode, seen: set[int] | None = None) -> None:
+    """Move what a module or an algorithm holds to fake tensors, its parameters staying the same objects.
+
+    It may have been built on the meta device, or with weights; what it holds may be in plain attributes.
+    """
+    seen = set() if seen is None else seen
+    for part in holder.modules() if isinstance(holder, nn.Module) else [holder]:
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, nn.Module):
+            _unallocated_tensors(part, fake)
+        for name, value in vars(part).items():
+            if isinstance(value, nn.Module):
+                unallocated(value, fake, seen)
+            elif isinstance(value, Tensor) and not isinstance(value, (FakeTensor, nn.Parameter)):
+                object.__setattr__(part, name, _empty_like(value))
+
+
+def _unallocated_tensors(module: nn.Module, fake: FakeTensorMode) -> None:
+    for name, tensor in module.named_buffers(recurse=False):
+        module._buffers[name] = tensor if isinstance(tensor, FakeTensor) else _empty_like(tensor)
+    for parameter in module.parameters(recurse=False):
+        if not isinstance(parameter, FakeTensor):
+            empty = nn.Parameter(_empty_like(parameter), parameter.requires_grad)
+            fake.fake_tensor_converter.tensor_memo.clear()  # what is referred to weakly cannot be swapped
+            torch.utils.swap_tensors(parameter, empty)
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
@@ -76,7 +91,7 @@ class Simulation:
         self.config, self.clock, self.shards, self.latents = config, clock, shards, latents
         self.checkpointing = checkpointing
         self.meter = Meter()
-        self.fake = FakeTensorMode()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)  # such as a plugin's constants
 
     def __enter__(self) -> "Simulation":
         self.model, self.algorithms = modules(self.config, self.clock, self.checkpointing)
@@ -94,11 +109,8 @@ class Simulation:
         self._group.__exit__(*error)
 
     def _begin(self) -> None:
-        for module in (self.model, *networks_of(self.model, self.algorithms).values()):
-            unallocated(module, self.fake)
-        for algorithm in self.algorithms:
-            if isinstance(getattr(algorithm, "discriminator", None), nn.Module):
-                unallocated(algorithm.discriminator, self.fake)  # type: ignore[attr-defined]
+        for part in (self.model, *self.algorithms, *networks_of(self.model, self.algorithms).values()):
+            unallocated(part, self.fake)
         if self.shards > 1:
             _shard(self.model, self.config, self.mesh)
         self.optimizer = build(
@@ -224,22 +236,40 @@ class Simulation:
 
 def modules(config: Config, clock: Clock, checkpointing: bool) -> tuple[Any, list[Algorithm]]:
     """Model and algorithms on the meta device."""
+    model = _model(config)
+    sizes = dict(steps_per_epoch=clock.steps_per_epoch, image_size=config.data.image_size)
+    context = dict(**sizes, run_dir=config.run_dir, eval_images=None)
+    if model.activation_checkpointing is not None:
+        model.activation_checkpointing = checkpointing
+    with _on_meta():
+        named = config.algorithms.items()
+        return model, [build_planned("algorithm", {n: a}, "algorithms", **context) for n, a in named]
+
+
+def _model(config: Config) -> Any:
     config = config.model_copy(update={"metrics": {}})
-    context = dict(steps_per_epoch=clock.steps_per_epoch, run_dir=config.run_dir, eval_images=None)
-    with torch.device("meta"):
-        model = build_model(config)
-        if model.activation_checkpointing is not None:
-            model.activation_checkpointing = checkpointing
-        algorithms = [build("algorithm", {n: a}, "algorithms", **context) for n, a in config.algorithms.items()]
-    return model, algorithms
+    with _on_meta():
+        try:
+            return build_model(config)
+        except Exception:
+            if isinstance(config.model, Model):  # whose parts are built by themselves
+                raise
+        with torch.device("cpu"):  # see build_planned
+            return build_model(config)
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*a meta parameter in the current model")  # a plugin's load_state_dict
+        yield
 
 
 def checkpointing_of(config: Config) -> bool | None:
     """Whether the model's activations are computed again in the backward pass; None where there is no choice."""
     if isinstance(config.model, Model):
         return config.model.decoder.activation_checkpointing
-    with torch.device("meta"):
-        return build_model(config.model_copy(update={"metrics": {}})).activation_checkpointing
+    return _model(config).activation_checkpointing
 
 
 def _as_on_a_gpu(optimizer: torch.optim.Optimizer) -> None:

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained
 from rae.config.registry import register
+from rae.config.values import Count
 
 
 @register("encoder", "dinov2", "Dinov2withNorm")
@@ -15,15 +16,14 @@ class DINOv2(PretrainedEncoder):
         input_size: pixels a side, a multiple of the patch size (14): 224 gives 256 tokens.
     """
 
-    def __init__(self, pretrained: str = "facebook/dinov2-with-registers-base", input_size: int = 224):
+    families = ("dinov2", "dinov2_with_registers")
+
+    def __init__(self, pretrained: str = "facebook/dinov2-with-registers-base", input_size: Count = 224):
         from transformers import AutoModel
 
-        backbone, processor = from_pretrained(AutoModel, pretrained)
-        config = backbone.config
-        if not config.model_type.startswith("dinov2"):
-            raise ValueError(f"{pretrained!r} is a {config.model_type} model, not a DINOv2")
-        super().__init__(backbone, processor, input_size)
-        self.num_prefix_tokens = 1 + getattr(config, "num_register_tokens", 0)
+        source = from_pretrained(AutoModel, pretrained, families=self.families, input_size=input_size)
+        super().__init__(*source, input_size)
+        self.num_prefix_tokens = 1 + getattr(self.backbone.config, "num_register_tokens", 0)
 
     def tokens(self, image: Tensor) -> Tensor:
         return self.backbone(pixel_values=image).last_hidden_state[:, self.num_prefix_tokens :]

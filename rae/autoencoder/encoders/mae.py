@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained
 from rae.config.registry import register
+from rae.config.values import Count
 
 
 @register("encoder", "mae", "MAEwNorm", "MaeEncoder")
@@ -16,10 +17,13 @@ class MAE(PretrainedEncoder):
         input_size: pixels a side, a multiple of the patch size (16): 256 gives 256 tokens.
     """
 
-    def __init__(self, pretrained: str = "facebook/vit-mae-base", input_size: int = 256):
+    families = ("vit_mae",)
+
+    def __init__(self, pretrained: str = "facebook/vit-mae-base", input_size: Count = 256):
         from transformers import ViTMAEModel
 
-        super().__init__(*from_pretrained(ViTMAEModel, pretrained, mask_ratio=0.0), input_size)
+        source = from_pretrained(ViTMAEModel, pretrained, input_size=input_size, mask_ratio=0.0)
+        super().__init__(*source, input_size)
 
     def tokens(self, image: Tensor) -> Tensor:
         # The model sorts tokens by this noise: a rising one keeps their order.

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from rae.autoencoder.encoders.base import PretrainedEncoder, from_pretrained
 from rae.config.registry import register
+from rae.config.values import Count
 
 
 @register("encoder", "siglip2", "SigLIP2", "SigLIP2wNorm")
@@ -15,12 +16,13 @@ class SigLIP2(PretrainedEncoder):
         input_size: pixels a side, a multiple of the patch size (16): 256 gives 256 tokens.
     """
 
+    families = ("siglip_vision_model",)
     final_norm = "post_layernorm"
 
-    def __init__(self, pretrained: str = "google/siglip2-base-patch16-256", input_size: int = 256):
+    def __init__(self, pretrained: str = "google/siglip2-base-patch16-256", input_size: Count = 256):
         from transformers import SiglipVisionModel
 
-        super().__init__(*from_pretrained(SiglipVisionModel, pretrained), input_size)
+        super().__init__(*from_pretrained(SiglipVisionModel, pretrained, input_size=input_size), input_size)
 
     def tokens(self, image: Tensor) -> Tensor:
         return self.backbone(pixel_values=image, interpolate_pos_encoding=True).last_hidden_state

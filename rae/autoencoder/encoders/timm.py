@@ -9,6 +9,7 @@ from torch import Tensor
 from rae.autoencoder.backbones import TimmFeatures, save_state_dict
 from rae.autoencoder.encoders.base import Encoder
 from rae.config.registry import register
+from rae.config.values import Count
 
 
 @register("encoder", "timm")
@@ -25,34 +26,33 @@ class Timm(Encoder):
     """
 
     weights_argument = "weights"
+    families = ("timm_wrapper",)
 
     def __init__(
         self,
         model: str,
         levels: list[int] | None = None,
         weights: str | None = None,
-        input_size: int = 224,
-        grid: int | None = None,
+        input_size: Count = 224,
+        grid: Count | None = None,
     ):
-        features = TimmFeatures(model, levels or [-1], weights, input_size).eval()
-        with torch.no_grad():
-            maps = features(torch.zeros(1, 3, input_size, input_size))
-        if [f.shape[1] for f in maps] != features.channels:
-            raise ValueError(f"{model} gives its features in another layout than (B, C, h, w)")
-        grid = grid or max(f.shape[-1] for f in maps)
-        if any(f.shape[-1] > grid and f.shape[-1] % grid for f in maps):
-            raise ValueError(f"grid {grid} does not divide the levels' sizes, {[f.shape[-1] for f in maps]}")
-        channels = sum(f.shape[1] * max(1, f.shape[-1] // grid) ** 2 for f in maps)
+        features = TimmFeatures(model, [-1] if levels is None else levels, weights, input_size)
+        sizes = [size for size, _ in features.sizes]
+        grid = max(sizes) if grid is None else grid
+        if grid < 1 or any(size > grid and size % grid for size in sizes):
+            raise ValueError(f"grid {grid} does not divide the levels' sizes, {sizes}")
+        folded = [max(1, size // grid) ** 2 for size in sizes]
+        channels = sum(c * times for c, times in zip(features.channels, folded, strict=True))
         super().__init__(channels, input_size, grid, features.mean, features.std)
-        self.backbone = features.network
+        self.backbone = features
 
     def save_weights(self, folder: Path) -> str:
-        state = self.backbone.state_dict()  # under the names by which TimmFeatures looks for them:
+        state = self.backbone.network.state_dict()  # under the names by which TimmFeatures looks for them:
         save_state_dict({name.removeprefix("model."): t for name, t in state.items()}, folder / "model.safetensors")
         return "model.safetensors"
 
     def tokens(self, image: Tensor) -> Tensor:
-        maps = [self._on_grid(_normalize_channels(f)) for f in self.backbone(image)]
+        maps = [self._on_grid(_normalize_channels(f)) for f in self.backbone.maps(image)]
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
 
     def _on_grid(self, feature: Tensor) -> Tensor:
