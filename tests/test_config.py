@@ -37,7 +37,7 @@ FAULTS = {
     "unknown argument": (["algorithms.ema.dekay=0.9"], "unknown key 'algorithms.ema.dekay' (did you mean 'decay'?)"),
     "its signature": (
         ["algorithms.ema.dekay=0.9"],
-        "it takes (decay: float = 0.9978, evaluate: 'ema' | 'live' | 'both'",
+        "it takes (decay: float in [0, 1) = 0.9978, evaluate: 'ema' | 'live' | 'both'",
     ),
     "argument's type": (["algorithms.ema.decay=slow"], "algorithms.ema.decay: input should be a valid number"),
     "argument's choice": (
@@ -120,7 +120,7 @@ def test_what_does_not_go_with_sharding_is_refused(config_file, monkeypatch, ove
         (["trainer.save_folder=null", "trainer.autoresume=true"], "nothing to go on from"),
         (["checkpoints.damaged=ignore"], "checkpoints.damaged"),
         (["trainer.save_interval=0ba"], "must be more than 0"),
-        (["trainer.save_interval=10iter"], "iterations are not counted"),
+        (["trainer.save_interval=10iter"], "iter is not counted here"),
         (["trainer.max_duration=-1ep"], "must be more than 0"),
         (["trainer.save_folder=runs/{rank}"], "no braces"),
         (["run_dir='runs/{x}'"], "run_dir: it must have no braces"),

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rae.config.registry import register
+from rae.config.values import Decay
 
 LIVE_SUFFIX = "_live"
 """Evaluators whose label ends so are evaluated with the live weights."""
@@ -34,9 +35,7 @@ class EMA(Algorithm):
         evaluate: which weights evaluation uses: ``ema``, ``live`` or ``both``.
     """
 
-    def __init__(self, decay: float = 0.9978, evaluate: Literal["ema", "live", "both"] = "ema"):
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), not {decay}")
+    def __init__(self, decay: Decay = 0.9978, evaluate: Literal["ema", "live", "both"] = "ema"):
         self.decay, self.evaluate = decay, evaluate
         self.weights: dict[str, nn.Parameter] = {}
         self.average: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from composer.utils import create_interval_scheduler, dist
 
 from rae.callbacks.progress import Progress
 from rae.config.registry import register
-from rae.config.times import TimeString
+from rae.config.times import Interval
 
 
 @register("logger", "console")
@@ -23,7 +23,7 @@ class Console(LoggerDestination):
         interval: between lines.
     """
 
-    def __init__(self, interval: TimeString = "50ba"):
+    def __init__(self, interval: Interval = "50ba"):
         self.due = create_interval_scheduler(interval, checkpoint_events=False, include_end_of_training=True)
         self.latest: dict[str, Any] = {}
         self.since, self.since_batch = 0.0, 0

@@ -21,6 +21,7 @@ from rae.callbacks.checkpointer import Checkpointer, nonfinite_weights
 from rae.callbacks.step_figures import StepFigures
 from rae.config.errors import UserError
 from rae.config.registry import register
+from rae.config.values import Count
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +55,8 @@ class Guard(Callback):
         run_dir: str,
         figures: StepFigures,
         on_nan: Literal["stop", "skip", "ignore"] = "stop",
-        max_skipped: int = 10,
+        max_skipped: Count = 10,
     ):
-        if max_skipped < 1:
-            raise ValueError(f"max_skipped must be at least 1, not {max_skipped}")
         self.path, self.figures = Path(run_dir) / "guard.jsonl", figures
         self.on_nan, self.max_skipped = on_nan, max_skipped
         self.seen: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []

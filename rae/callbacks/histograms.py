@@ -9,7 +9,8 @@ from torch import Tensor
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.base import unwrapped
 from rae.config.registry import register
-from rae.config.times import TimeString
+from rae.config.times import Interval
+from rae.config.values import Count
 
 QUANTILES = {"p01": 0.01, "p25": 0.25, "median": 0.5, "p75": 0.75, "p99": 0.99}
 
@@ -44,9 +45,7 @@ class Histograms(Callback):
         values: how many values to take of each, over all ranks; they are spread out over the batch evenly.
     """
 
-    def __init__(self, interval: TimeString = "500ba", values: int = 65536):
-        if values < 1:
-            raise ValueError(f"values must be at least 1, not {values}")
+    def __init__(self, interval: Interval = "500ba", values: Count = 65536):
         self.due = create_interval_scheduler(interval, checkpoint_events=False, include_end_of_training=False)
         self.values = values
 

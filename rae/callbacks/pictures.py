@@ -17,7 +17,8 @@ from torchvision.utils import make_grid, save_image
 from rae.algorithms.base import unwrapped
 from rae.algorithms.ema import EMA
 from rae.config.registry import register
-from rae.config.times import TimeString
+from rae.config.times import Interval
+from rae.config.values import Count, NotNegative
 
 _PADDING, _MARGIN, _FONT_SIZE = 2, 76, 12
 
@@ -61,16 +62,12 @@ class Pictures(Callback):
         self,
         run_dir: str,
         eval_images: Dataset | None,
-        interval: TimeString = "1ep",
-        count: int = 8,
-        noise_tau: float | None = None,
+        interval: Interval = "1ep",
+        count: Count = 8,
+        noise_tau: NotNegative | None = None,
     ):
         if eval_images is None:
             raise ValueError("pictures are made of evaluation images: set data.eval.path")
-        if count < 1:
-            raise ValueError(f"count must be at least 1, not {count}")
-        if noise_tau is not None and noise_tau < 0:
-            raise ValueError(f"noise_tau must be at least 0, not {noise_tau}")
         self.folder = Path(run_dir) / "pictures"
         self.eval_images, self.count, self.noise_tau = eval_images, count, noise_tau
         self.batch: dict[str, Tensor] = {}

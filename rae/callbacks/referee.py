@@ -8,6 +8,7 @@ from composer.utils import dist
 
 from rae.algorithms.adversarial import Adversarial
 from rae.config.registry import register
+from rae.config.values import Count
 
 log = logging.getLogger(__name__)
 VERDICTS = {
@@ -38,9 +39,7 @@ class Referee(Callback):
         won: accuracy above it.
     """
 
-    def __init__(self, window: int = 300, collapsed: float = 0.05, won: float = 0.98):
-        if window < 1:
-            raise ValueError(f"window must be at least 1, not {window}")
+    def __init__(self, window: Count = 300, collapsed: float = 0.05, won: float = 0.98):
         if not 0 < collapsed < 0.5 or not 0.5 < won < 1:
             raise ValueError("collapsed must be between 0 and 0.5, and won between 0.5 and 1")
         self.window, self.collapsed, self.won = window, collapsed, won

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
+from rae.config.composer import hint_of
 from rae.config.errors import UserError
 from rae.config.registry import find, nearest
 
@@ -32,7 +33,7 @@ def check_arguments(
     try:
         checked = _model_of(target, fields, open_ended).model_validate(dict(arguments))
     except ValidationError as error:
-        message = explain(error, where, fields)
+        message = explain(error, where, fields, dict(arguments))
         nested = isinstance(_cause(error), UserError)  # its message already ends with the inner plugin's signature
         raise UserError(
             message if nested or len(fields) > 20 else f"{message}; it takes {_describe(fields)}"
@@ -54,6 +55,7 @@ def _signature_fields(target: Callable[..., Any], context: typing.Container[str]
             hint = hints.get(name, Any)
             if parameter.default is None:
                 hint = hint | None if not isinstance(hint, str) else Any
+            hint = hint_of(target, name, hint)
             fields[name] = (hint, ... if parameter.default is parameter.empty else parameter.default)
     return fields, open_ended
 
@@ -97,14 +99,20 @@ def type_name(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " | ".join(type_name(argument) for argument in arguments)
     if origin is not None:
-        return str(hint).replace("typing.", "")
-    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+        return f"{getattr(origin, '__name__', origin)}[{', '.join(map(type_name, arguments))}]"
+    return "None" if hint is type(None) else "…" if hint is ... else getattr(hint, "__name__", str(hint))
 
 
-def explain(error: ValidationError, where: str, known: typing.Iterable[str] = ()) -> str:
-    """The first fault of a validation error, as one line."""
-    fault = error.errors()[0]
-    location = [str(part) for part in fault["loc"]]
+def explain(error: ValidationError, where: str, known: typing.Iterable[str] = (), data: Any = _HERE) -> str:
+    """The first fault of a validation error, as one line.
+
+    Args:
+        where: the key path of what was validated.
+        known: keys that it may have.
+        data: it, if it is known.
+    """
+    faults = error.errors()
+    fault, location = faults[0], _place(faults[0], data)
     key = ".".join([where, *location] if where else location)
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(location[-1], known)}"
@@ -113,10 +121,28 @@ def explain(error: ValidationError, where: str, known: typing.Iterable[str] = ()
     if isinstance(_cause(error), UserError):
         return str(_cause(error)).replace(_HERE, key)
     inner = fault.get("ctx", {}).get("error")
+    if isinstance(inner, ValidationError):
+        return explain(inner, key, (), fault["input"])
     if isinstance(inner, Exception):
         return f"{key}: {inner}"
-    message = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{key}: {message}, not {fault['input']!r}"
+    # A union's members each have a fault of their own.
+    told = [each["msg"].partition(", unable")[0] for each in faults if _place(each, data) == location]
+    wanted = [message.removeprefix("Input should be ") for message in told]
+    message = f"input should be {' or '.join(dict.fromkeys(wanted))}" if wanted != told else told[0]
+    return f"{key}: {message[0].lower()}{message[1:]}, not {fault['input']!r}"
+
+
+def _place(fault: Any, data: Any) -> list[str]:
+    """The keys that lead to a fault, without the names that pydantic gives to the members of a union."""
+    keys: list[str] = []
+    for part in fault["loc"]:
+        held = isinstance(data, Mapping) and part in data
+        if held or (isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)):
+            data = data[part]
+        elif data is not _HERE and (part != fault["loc"][-1] or "missing" not in fault["type"]):
+            continue
+        keys.append(str(part))
+    return keys
 
 
 def _cause(error: ValidationError) -> BaseException | None:
@@ -167,7 +193,7 @@ def build(kind: str, entry: Any, where: str, **context: Any) -> Any:
     """
     ((name, arguments),) = check_plugin(kind, entry, where).items()
     target = find(kind, name, where)
-    supplied = {key: context[key] for key in _context(target)}
+    supplied = {key: context[key] for key in _context(target) if key in context}
     checked = check_arguments(target, arguments, f"{where}.{name}", supplied)
     try:
         return target(**supplied, **checked)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rae.config.composer import REFUSED
 from rae.config.errors import UserError
 
 # Where the plugins of each kind live: imported when a name of that kind is first looked up, because
@@ -140,8 +141,11 @@ def find(kind: str, name: str, where: str) -> Callable[..., Any]:
     Raises:
         UserError: no such plugin; the message lists those that exist.
     """
-    known = plugins(kind)
+    known, refused = plugins(kind), REFUSED.get(kind, {})
+    if name in refused and name not in _plugins[kind]:
+        raise UserError(f"{where}.{name}: Composer's {name} does not work here: {refused[name]}")
     if name not in known:
+        known = {other: target for other, target in known.items() if other not in refused}
         raise UserError(
             f"{where}: unknown {kind} {name!r}{nearest(name, known)}; there are: {', '.join(sorted(known))}"
             " (your own file goes under imports:)"

@@ -10,8 +10,15 @@ from rae.config.errors import UserError
 PositiveInt = Annotated[int, Field(gt=0)]
 Plugin = dict[str, Any] | str
 """One plugin: ``{name: {argument: value}}``, or its name alone."""
-Plugins = Annotated[dict[str, dict[str, Any] | None], BeforeValidator(lambda value: {} if value is None else value)]
-"""Several, in order."""
+
+
+def _that_are_on(value: Any) -> Any:
+    """Null stands for none of them, and for an entry that is off."""
+    return {k: v for k, v in (value or {}).items() if v is not None} if isinstance(value, dict | None) else value
+
+
+Plugins = Annotated[dict[str, dict[str, Any]], BeforeValidator(_that_are_on)]
+"""Several, in order; ``name: {}`` takes all defaults, and ``name: null`` is off."""
 
 
 class Section(BaseModel):
@@ -147,6 +154,22 @@ AnyModel = Annotated[Model | dict[str, dict[str, Any]], BeforeValidator(_setting
 """An autoencoder's settings, or ``{name: {argument: value}}`` of a model plugin of another kind."""
 
 
+class BeginFrom(Section):
+    """Whose weights a run begins with: everything else, its step and its moments too, is new."""
+
+    source: str
+    """A run, a checkpoint, an export of any format, a published decoder, a training checkpoint of the public code;
+    local, in a bucket or on the hub."""
+    weights: Literal["ema", "live"] = "ema"
+    """Of a run, its average where there is one, or those that were trained."""
+    discriminator: Literal["new", "kept"] = "new"
+    """Whether the source's discriminator is trained on."""
+
+
+def _beginning(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
 class Checkpoints(Section):
     """How checkpoints are treated; where and when they are saved is among the trainer's arguments."""
 
@@ -191,11 +214,15 @@ class Config(Section):
     run_name: str
     run_dir: str
     """Local folder for the resolved configuration, metrics, pictures and, by default, checkpoints."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     imports: list[str] = []
     """Your own plugin files (or modules)."""
     data: Data
     model: AnyModel
+    begin_from: Annotated[BeginFrom | None, BeforeValidator(_beginning)] = None
+    """What to train on from, fine-tuning it: a source, or {source: …, weights: live, discriminator: kept}."""
+    freeze: list[str] = []
+    """Parts of what the model trains that are not to be trained: names such as decoder.embed, decoder.blocks.0."""
     optimizer: Plugin = "adamw"
     schedule: Plugin | None = None
     algorithms: Plugins = {}
