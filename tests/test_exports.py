@@ -480,7 +480,7 @@ def faults(undisturbed: Path, root: Path) -> dict[str, tuple[list[str], str]]:
             ["export", run_dir, out, "--stats", str(GOLDEN / "decoder-tiny/model.pt")],
             "'mean' must have shape (32, 4, 4), but is missing",
         ),
-        "an empty file": (["export", run_dir, out, "--stats", str(root / "empty.pt")], "empty.pt: EOFError"),
+        "an empty file": (["export", run_dir, out, "--stats", str(root / "empty.pt")], "empty.pt: it is empty"),
         "code in statistics": (["export", run_dir, out, "--stats", str(root / "code.pt")], "which could run code"),
         "no statistics": (["export", run_dir, out, "--stats", "none.pt"], "there is no file 'none.pt'"),
         "an encoder twice": (
@@ -515,7 +515,7 @@ def faults(undisturbed: Path, root: Path) -> dict[str, tuple[list[str], str]]:
             ],
             "decodes latents of 32 channels, but the encoder gives 24",
         ),
-        "nothing published": (["import", str(GOLDEN / "stat.pt"), out, "--encoder", mae], "is no published decoder"),
+        "nothing published": (["import", str(GOLDEN / "stat.pt"), out, "--encoder", mae], "there is no decoder in it"),
         "an export": (["import", str(root / "export"), out], "is an export already"),
         "neither": (["import", str(root / "notes"), out], "notes: there is neither model.pt nor"),
     }
@@ -541,5 +541,5 @@ def test_an_override_of_an_export_that_is_no_yaml_is_one_line(override, capsys, 
     with pytest.raises(SystemExit):
         main(["export", source, str(tmp_path / "out"), "--set", override])
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {source}/config.json, overridden: ")
+    assert error.startswith((f"error: override '{override}'", f"error: {source}/config.json, overridden: "))
     assert len(error.splitlines()) == 1

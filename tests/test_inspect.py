@@ -10,7 +10,7 @@ import torch
 from rae.__main__ import main
 from rae.config.errors import UserError
 from rae.exchange.inspection.dispatch import inspect
-from rae.survival.checkpoints import CONFIG, SHARDED, STATE, in_form, seal
+from rae.survival.checkpoints import CONFIG, RECORD, SHARDED, STATE, in_form, seal
 from tests.conftest import GOLDEN
 from tests.test_exports import make_encoder, make_source
 
@@ -32,7 +32,8 @@ def test_a_run_and_what_is_wrong_in_it(undisturbed, tmp_path):
     # Beside the configuration, not where that says the run was.
     report = inspect(str(checkpoints))
     rows = cells(report, "checkpoints")
-    size = sum(path.stat().st_size for path in (checkpoints / "ep2-ba10").iterdir() if path.name in (STATE, CONFIG))
+    sealed = [checkpoints / "ep2-ba10" / name for name in (STATE, CONFIG, RECORD)]
+    size = sum(path.stat().st_size for path in sealed)
     assert rows["ep2-ba10"] == ("2", "10", f"{size:,}", "complete, one file")
     assert rows["ep1-ba8"][-1].startswith("damaged: state.pt has 1,000 bytes instead of ")
     assert rows["ep0-ba4"][-1] == "incomplete: its writing was cut short"

@@ -1,7 +1,9 @@
 """The ViT decoder: a latent grid to pixels, with MAE's decoder layout (arXiv 2111.06377) and published names."""
 
-import re
+import logging
+import os
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -9,32 +11,18 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rae.autoencoder.backbones import check_tensors, read_state_dict, weight_file, weightless
+from rae.autoencoder.backbones import check_tensors, read_file, weight_file, weightless
+from rae.autoencoder.decoder_weights import find_decoder, positions_for, published_names, sizes_of
 from rae.autoencoder.layers import sincos_positions, unpatchify
 from rae.config.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SIZES = {  # name: width, depth, heads, MLP width
     "ViTB": (768, 12, 12, 3072),
     "ViTL": (1024, 24, 16, 4096),
     "ViTXL": (1152, 28, 16, 4096),
 }
-
-_PUBLISHED = [  # our names -> the published ones, which are those of transformers' ViT-MAE; qkv is fused in ours
-    (r"positions", ["decoder_pos_embed"]),
-    (r"cls_token", ["trainable_cls_token"]),
-    (r"embed\.(\w+)", [r"decoder_embed.\1"]),
-    (r"norm\.(\w+)", [r"decoder_norm.\1"]),
-    (r"head\.(\w+)", [r"decoder_pred.\1"]),
-    (
-        r"blocks\.(\d+)\.attn\.qkv\.(\w+)",
-        [rf"decoder_layers.\1.attention.attention.{part}.\2" for part in ("query", "key", "value")],
-    ),
-    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", [r"decoder_layers.\1.attention.output.dense.\2"]),
-    (r"blocks\.(\d+)\.norm1\.(\w+)", [r"decoder_layers.\1.layernorm_before.\2"]),
-    (r"blocks\.(\d+)\.norm2\.(\w+)", [r"decoder_layers.\1.layernorm_after.\2"]),
-    (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", [r"decoder_layers.\1.intermediate.dense.\2"]),
-    (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", [r"decoder_layers.\1.output.dense.\2"]),
-]
 
 
 class _Block(Block):
@@ -127,48 +115,104 @@ class Decoder(nn.Module):
         return unpatchify(self.head(hidden), self.patch_size), hidden
 
 
-def _published_names(name: str) -> list[str]:
-    for pattern, published in _PUBLISHED:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return [match.expand(p) for p in published]
-    raise KeyError(name)
-
-
 def published_state_dict(decoder: Decoder) -> dict[str, Tensor]:
     """The decoder's weights under the names of published decoder files (``model.pt``)."""
     published: dict[str, Tensor] = {}
     for name, tensor in {"positions": decoder.positions.detach(), **decoder.state_dict()}.items():
-        names = _published_names(name)
+        names = published_names(name)
         published.update(zip(names, tensor.chunk(len(names)), strict=True))
     return published
 
 
 def load_published(decoder: Decoder, path: str) -> None:
-    """Load a published decoder file, strictly: every tensor of it and of the decoder, with equal shapes.
+    """Load a decoder from a file of weights or a folder that holds one, whole and with equal sizes.
 
-    Fixed positions are compared, not loaded: a file whose table was trained needs ``trainable_positions``.
+    It may be a published ``model.pt``, a training checkpoint of the public code (whose average is taken), an export of
+    ours or of diffusers; under the prefixes of DistributedDataParallel or torch.compile, in half precision. Positions
+    that are fixed are computed: those of a file with another number of tokens too. A trained table needs
+    ``trainable_positions``, and is resampled.
 
     Raises:
-        UserError: a tensor is missing, unexpected or of another shape, or positions differ.
+        UserError: it holds no decoder; a tensor is missing, unexpected, not finite or of another size.
     """
     if weightless():
         return
-    state = read_state_dict(weight_file(path))
-    state = {name.removeprefix("decoder."): tensor for name, tensor in state.items()}
-    load_published_state(decoder, state, f"decoder weights {path}")
+    where = f"decoder weights {path}"
+    load_decoder(decoder, read_decoder(decoder_file(path), where), where)
 
 
-def load_published_state(decoder: Decoder, state: dict[str, Tensor], where: str) -> None:
-    """Load a decoder's weights under published names; see :func:`load_published`.
+def read_decoder(file: Path, where: str, weights: str = "ema") -> dict[str, Tensor]:
+    """The decoder's tensors in a file, under our names; what of several is taken is said.
 
     Args:
         where: what to call them in messages.
+        weights: see :func:`rae.autoencoder.decoder_weights.find_decoder`.
+
+    Raises:
+        UserError: it holds none, or not a whole one.
     """
-    check_tensors(state, published_state_dict(decoder), where, "do model.decoder's sizes match the file?")
-    trained = isinstance(decoder.positions, nn.Parameter)
-    if not trained and not torch.allclose(state["decoder_pos_embed"], decoder.positions, atol=1e-5):
-        raise UserError(f"{where}: its position table was trained; set model.decoder.trainable_positions: true")
-    decoder.load_state_dict(
-        {name: torch.cat([state[n] for n in _published_names(name)]) for name in decoder.state_dict()}
-    )
+    found = find_decoder(read_file(file), weights)
+    if found is None:
+        raise UserError(f"{where}: there is no decoder in it; python -m rae inspect {file} tells what it holds")
+    if found.inside and found.averaged != (weights == "ema"):
+        kind = "an average" if found.averaged else "no average"
+        _say(f"{where}: what it holds is {kind}, {found.inside!r}, which is taken")
+    elif found.averaged:
+        _say(f"{where}: its average is taken, {found.inside!r}")
+    return found.ours(where)
+
+
+def decoder_file(path: str) -> Path:
+    """The file with a decoder's weights that a path names: itself, or the one in a folder that was exported.
+
+    Raises:
+        UserError: there is none; what is there instead, and what takes it.
+    """
+    folder = Path(path).expanduser()
+    if "://" in path:
+        raise UserError(f"decoder weights {path}: they are not on this disk; begin_from: {path} takes them")
+    if folder.is_dir():
+        file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+        if file is not None:
+            return file
+        if any((folder / name).exists() for name in ("config.yaml", "checkpoints")):
+            raise UserError(f"decoder weights {path}: it is a run or a checkpoint; begin_from: {path} takes it")
+        raise UserError(f"decoder weights {path}: the folder holds none of {', '.join(_FILES)}")
+    if any(folder.parent.glob("part-*-of-*.json")):
+        raise UserError(f"decoder weights {path}: it is of a run's checkpoint; begin_from: {folder.parent} takes it")
+    return weight_file(path)
+
+
+_FILES = ("model.pt", "model.safetensors", "diffusion_pytorch_model.safetensors")
+"""Of the published layout, ours, and diffusers'."""
+
+
+def load_decoder(decoder: Decoder, state: dict[str, Tensor], where: str) -> None:
+    """Load a decoder's weights; see :func:`load_published`.
+
+    Args:
+        state: under our names; ``positions`` may be among them, whether the decoder trains them or not.
+        where: what to call them in messages.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another size; positions were trained, and are not to be.
+    """
+    own = decoder.state_dict()
+    if {"embed.weight", "head.weight", "blocks.0.mlp.fc1.weight"} <= state.keys():
+        theirs, ours = sizes_of(state), sizes_of(own)
+        differing = [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if theirs[key] != ours[key]]
+        if differing:
+            raise UserError(f"{where}: it has {', '.join(differing)}; give model.decoder (and the encoder) its sizes")
+    trainable = isinstance(decoder.positions, nn.Parameter)
+    fixed = sincos_positions(decoder.embed.out_features, decoder.grid)
+    positions, said = positions_for(fixed, trainable, state.get("positions"), where)
+    state = {name: tensor for name, tensor in state.items() if name != "positions"}
+    check_tensors(state | ({"positions": positions} if trainable else {}), own, where)
+    if said:
+        _say(said)
+    decoder.load_state_dict(state | ({"positions": positions} if trainable else {}))
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        log.warning("%s", line)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rae.autoencoder.backbones import check_tensors, read_state_dict, save_state_dict
-from rae.autoencoder.decoder import Decoder, load_published_state, published_state_dict
+from rae.autoencoder.decoder import Decoder, load_decoder, published_state_dict
+from rae.autoencoder.decoder_weights import DIFFUSERS, find_decoder
 from rae.autoencoder.encoders.base import PretrainedEncoder, save_pretrained
 from rae.autoencoder.layers import sincos_positions
 from rae.autoencoder.rae import RAE
@@ -72,12 +73,6 @@ _OLDER = {
     ],
     "siglip2": [("vision_model.", "")],
 }
-_DECODER = [  # published names -> diffusers' attention
-    ("attention.attention.query.", "attention.to_q."),
-    ("attention.attention.key.", "attention.to_k."),
-    ("attention.attention.value.", "attention.to_v."),
-    ("attention.output.dense.", "attention.to_out.0."),
-]
 
 
 class Settings(Section):
@@ -146,7 +141,7 @@ def write(rae: RAE, folder: Path) -> None:
 def _decoder_state(decoder: Decoder) -> dict[str, Tensor]:
     published = published_state_dict(decoder)
     del published["decoder_pos_embed"]
-    return {f"decoder.{_renamed(name, _DECODER)}": tensor for name, tensor in published.items()}
+    return {f"decoder.{_renamed(name, DIFFUSERS)}": tensor for name, tensor in published.items()}
 
 
 def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
@@ -301,9 +296,28 @@ def _decoder(settings: Settings, sizes: DecoderSizes, image_size: int, state: di
         decoder = Decoder(settings.encoder_hidden_size, image_size, **sizes.model_dump(exclude={"weights"}))
     except ValueError as error:
         raise UserError(f"{name}/{CONFIG}: {error}") from error
-    published = {_renamed(key, [(theirs, ours) for ours, theirs in _DECODER]): tensor for key, tensor in state.items()}
-    load_published_state(decoder, {**published, "decoder_pos_embed": _positions(decoder)}, f"{name}: decoder")
+    load_decoder(decoder, _decoder_weights(settings, image_size, state, name), f"{name}: decoder")
     return decoder
+
+
+def _decoder_weights(settings: Settings, image_size: int, state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """A decoder's weights under our names, with the position table that diffusers gives it."""
+    found = find_decoder(state)
+    if found is None:
+        raise UserError(f"{name}: there is no decoder among its weights")
+    grid = image_size // settings.patch_size
+    table = sincos_positions(settings.decoder_hidden_size, grid, spread=_GRID / grid)
+    return {**found.ours(f"{name}: decoder"), "positions": table}
+
+
+def read_decoder(folder: Path, name: str) -> dict[str, Tensor]:
+    """The decoder's weights of a diffusers folder, under our names; its encoder is not built.
+
+    Raises:
+        UserError: as :func:`read`.
+    """
+    settings = _read_settings(folder, name)
+    return _decoder_weights(settings, _image_size(settings, name), _read_weights(folder, name), name)
 
 
 def _set_scale(rae: RAE, state: dict[str, Tensor], factor: float, name: str) -> None:

@@ -136,6 +136,8 @@ def read_exported(local: Path, name: str, overrides: Iterable[str] = ()) -> Expo
     Raises:
         UserError: it is missing, damaged or another program's.
     """
+    if not (local / CONFIG).exists() and any((local / each).exists() for each in ("config.yaml", "checkpoints")):
+        raise UserError(f"{name} is a run, not an export; make one of it: python -m rae export {name} OUT")
     content = read_json(local / CONFIG, f"{name}/{CONFIG}")
     if content.get("format") != "rae":
         raise UserError(f"{name}/{CONFIG} is not an export's; python -m rae inspect {name} tells what the folder holds")

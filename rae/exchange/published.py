@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rae.autoencoder.backbones import read_state_dict
-from rae.autoencoder.decoder import SIZES, Decoder, load_published, published_state_dict
+from rae.autoencoder import decoder_weights
+from rae.autoencoder.decoder import SIZES, Decoder, load_decoder, published_state_dict, read_decoder
+from rae.autoencoder.decoder_weights import is_fixed
 from rae.autoencoder.encoders.base import Encoder
-from rae.autoencoder.layers import sincos_positions
 from rae.autoencoder.rae import RAE
 from rae.config.arguments import build
 from rae.config.errors import UserError
@@ -72,45 +72,38 @@ def read(model: Path, config: Path | None, stats: Path | None, encoder: Any) -> 
     Raises:
         UserError: files that cannot be read or do not fit the encoder or each other.
     """
-    state = {name.removeprefix("decoder."): tensor for name, tensor in read_state_dict(model).items()}
-    if not is_decoder(state):
-        raise UserError(f"{model} is no published decoder: it holds {', '.join(sorted(state)[:3]) or 'nothing'}, …")
+    where = str(model)
+    state = read_decoder(model, where)
     sizes, image_size = sizes_of(state)
     if config:
         sizes["num_heads"] = read_json(config, str(config)).get(SIZE_KEYS["num_heads"]) or sizes["num_heads"]
     if sizes["num_heads"] is None:
         raise UserError(f"{model}: its number of heads is not known; give the decoder's config.json, --decoder-config")
     network: Encoder = build("encoder", encoder, "model.encoder")
-    width = state["decoder_embed.weight"].shape[1]
+    width = state["embed.weight"].shape[1]
     if network.embed_dim != width:
         raise UserError(f"{model} decodes latents of {width} channels, but the encoder gives {network.embed_dim}")
+    image_size = image_size or network.grid * sizes["patch_size"]
     try:
         decoder = Decoder(width, image_size, **sizes)
     except ValueError as error:
         raise UserError(f"{model}: {error}") from error
-    load_published(decoder, str(model))
+    load_decoder(decoder, state, where)
     rae = RAE(network, decoder, latent_stats=str(stats) if stats else None).eval()
     return rae, Model(encoder=encoder, decoder=DecoderSizes(**sizes), noise_tau=0.0), image_size
 
 
-def sizes_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
-    """A published decoder's sizes, but for the number of heads, which only named sizes tell; and its image's side.
+def sizes_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int | None]:
+    """A decoder's sizes, but for the number of heads, which only named sizes tell; and its image's side.
 
     Args:
-        state: its tensors, which :func:`is_decoder` knows.
+        state: its tensors under our names. Without its position table, the side is not known.
     """
-    width, depth = state["decoder_embed.weight"].shape[0], sum(name.endswith("query.weight") for name in state)
-    mlp = state["decoder_layers.0.intermediate.dense.weight"].shape[0]
-    heads = {(dim, layers, hidden): heads for dim, layers, heads, hidden in SIZES.values()}.get((width, depth, mlp))
-    patch = round((state["decoder_pred.weight"].shape[0] / 3) ** 0.5)
-    positions = state["decoder_pos_embed"]
-    grid = round((positions.shape[1] - 1) ** 0.5)
-    fixed = width % 4 == 0 and torch.allclose(positions.float(), sincos_positions(width, grid), atol=1e-5)
-    sizes = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads, "mlp_dim": mlp}
-    return {**sizes, "trainable_positions": not fixed}, grid * patch
-
-
-def is_decoder(state: Mapping[str, Any]) -> bool:
-    """Whether tensors are those of a published decoder, as their names say."""
-    needed = ("decoder_embed.weight", "decoder_pos_embed", "decoder_pred.weight")
-    return {*needed, "decoder_layers.0.intermediate.dense.weight"} <= state.keys()
+    told = decoder_weights.sizes_of(state)
+    del told["latent channels"]
+    heads = {(dim, layers, hidden): heads for dim, layers, heads, hidden in SIZES.values()}
+    sizes = {**told, "num_heads": heads.get((told["embed_dim"], told["depth"], told["mlp_dim"]))}
+    if "positions" not in state:
+        return {**sizes, "trainable_positions": False}, None
+    grid = round((state["positions"].shape[1] - 1) ** 0.5)
+    return {**sizes, "trainable_positions": not is_fixed(state["positions"])}, grid * told["patch_size"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rae.algorithms.ema import LIVE_SUFFIX
@@ -26,6 +26,10 @@ PUBLISHED = "a published decoder; make an export of it with `python -m rae impor
 """What is said of one where a model is to be opened."""
 
 
+FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+"""Endings of files of tensors."""
+
+
 def split_path(path: str) -> tuple[str, str]:
     parent, _, name = path.rpartition("/")
     return parent or ".", name
@@ -39,7 +43,7 @@ def open_checkpoint(local: Path, source: str, weights: str, overrides: list[str]
     config = load_config(str(local / CONFIG), overrides)
     with reading(source):
         content = _load(in_form(local, False, scratch / "converted"))
-    opened = _restore(_state_of(content, source), config, source, weights)
+    opened = _restore(state_of(content, source), config, source, weights)
     batch, epoch = age(local.name)
     opened.name, opened.trained = f"{config.run_name}-{local.name}", {"epoch": epoch, "batch": batch}
     # Another run may have this run_dir on this disk, and come to the same step: only what lies in it is of it.
@@ -76,7 +80,7 @@ def open_file(source: str, weights: str, overrides: list[str], scratch: Path) ->
     local = Path(source)
     if is_remote(source):
         local, _ = (local_file(f"{parent}/{file}", scratch) for file in (name, CONFIG))
-    state = _state_of(load_file(local, source), source)
+    state = state_of(load_file(local, source), source)
     configuration = next((f for f in (local.parent / CONFIG, local.parent.parent / CONFIG) if f.is_file()), None)
     if configuration is None:
         raise UserError(f"{source}: there is no {CONFIG} beside it; copy that of its run there")
@@ -110,7 +114,7 @@ def _load(file: Path) -> Any:
         return torch.load(file, map_location="cpu", mmap=True)
 
 
-def _state_of(content: Any, source: str) -> dict[str, Any]:
+def state_of(content: Any, source: str) -> dict[str, Any]:
     """What a checkpoint holds under ``state``."""
     state = content.get("state") if isinstance(content, dict) else None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
@@ -122,10 +126,21 @@ def _state_of(content: Any, source: str) -> dict[str, Any]:
     raise UserError(f"{source} is no checkpoint of a run")
 
 
-def _restore(state: dict[str, Any], config: Config, source: str, weights: str) -> Source:
+def of_average(state: dict[str, Any], weights: str) -> tuple[dict[str, Tensor], str, dict[str, Tensor] | None]:
+    """A checkpoint's weights: the trained ones, or their average where there is one and it is wanted.
+
+    Returns:
+        them by name, ``ema`` or ``live`` as they are, and the discriminator's, if there are any.
+    """
     algorithms = dict(state.get("algorithms") or [])
     average = algorithms.get("EMA", {}).get("average") if weights == "ema" else None
-    trained = {**state["model"], **(average or {})}
+    heads = algorithms.get("Adversarial", {}).get("discriminator")
+    heads = heads and {name: tensor.clone() for name, tensor in heads.items()}
+    return {**state["model"], **(average or {})}, "ema" if average else "live", heads
+
+
+def _restore(state: dict[str, Any], config: Config, source: str, weights: str) -> Source:
+    trained, kind, heads = of_average(state, weights)
     import_plugins(config.imports)
     settings, part = config.model, "rae."
     if isinstance(settings, Model):  # the state holds both of what is left out
@@ -137,9 +152,8 @@ def _restore(state: dict[str, Any], config: Config, source: str, weights: str) -
     exports.load_weights(
         network, {name.removeprefix(part): t for name, t in trained.items() if name.startswith(part)}, source
     )
-    heads = algorithms.get("Adversarial", {}).get("discriminator")
-    opened = of_config(network, config, "ema" if average else "live")
-    opened.discriminator = heads and {name: tensor.clone() for name, tensor in heads.items()}
+    opened = of_config(network, config, kind)
+    opened.discriminator = heads
     return opened
 
 

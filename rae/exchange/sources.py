@@ -1,9 +1,11 @@
 """Models opened from whatever holds one: runs, checkpoints, configurations, exports; local or in a bucket."""
 
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +17,9 @@ from rae.config.errors import UserError
 from rae.config.loading import load_config
 from rae.config.registry import import_plugins
 from rae.config.sections import Config, Model
-from rae.exchange import diffusers_format, exports, places
-from rae.exchange.exports import Source
-from rae.exchange.restoring import PUBLISHED, explained, of_config, open_checkpoint, open_file, split_path
+from rae.exchange import diffusers_format, exports, places, published
+from rae.exchange.exports import Exported, Source
+from rae.exchange.restoring import FILES, PUBLISHED, explained, of_config, open_checkpoint, open_file, split_path
 from rae.survival import checkpoints
 from rae.survival.checkpoints import DamagedError, Listed
 from rae.survival.storage import is_remote, reason, saying
@@ -46,7 +48,7 @@ def open_source(
     """
     source, overrides = source.rstrip("/") or source[:1], list(overrides)
     with TemporaryDirectory(prefix="rae-") as scratch:
-        opened = _open(source, weights, overrides, Path(scratch), imports)
+        opened = Opener(weights, overrides, Path(scratch), imports).open(source)
     opened.network.eval().to(device)
     return opened
 
@@ -85,36 +87,130 @@ def open_encoder(
     return opened.rae.encoder.network, opened.image_size, opened.config  # type: ignore[return-value]
 
 
-def _open(source: str, weights: str, overrides: list[str], scratch: Path, imports: bool) -> Source:
-    parent, name = split_path(source)
-    if source.endswith(".pt"):
-        if name == checkpoints.STATE and checkpoints.is_name(split_path(parent)[1]):
-            return _open(parent, weights, overrides, scratch, imports)
-        return open_file(source, weights, overrides, scratch)
-    if source.endswith((".yaml", ".yml")):
-        return _open_yaml(source, weights, overrides, scratch)
-    if places.may_be_on_hub(source):
-        return _open_export(source, weights, overrides, scratch, imports)
-    names = places.list_names(source)
-    if checkpoints.is_name(name):
-        listed = [checkpoint for checkpoint in _listed(parent) if checkpoint.name == name]
-        return _open_newest([(parent, each) for each in listed], source, weights, overrides, scratch)
-    if any(checkpoints.is_name(each.split("/")[0]) for each in names):
-        return _open_newest([(source, each) for each in _listed(source)], source, weights, overrides, scratch)
-    if places.CONFIG in names:
-        return _open_export(source, weights, overrides, scratch, imports)
-    if checkpoints.CONFIG in names and not is_remote(source):
-        return _open_run(source, weights, overrides, scratch)
-    if any(each.split("/")[0] == "checkpoints" for each in names):
-        return _open(f"{source}/checkpoints", weights, overrides, scratch, imports)
-    raise UserError(f"{source}: {_what_it_is(names)}")
+class Opener:
+    """Finds out what a source is, and opens it. Subclasses open it as something else than a :class:`Source`.
+
+    Args:
+        weights: ``ema`` or ``live``.
+        overrides: over the source's configuration.
+        scratch: local folder, for what is downloaded or converted.
+        imports: see :func:`open_source`.
+    """
+
+    def __init__(self, weights: str, overrides: list[str], scratch: Path, imports: bool = False):
+        self.weights, self.overrides, self.scratch, self.imports = weights, overrides, scratch, imports
+
+    def open(self, source: str) -> Any:
+        """What a source holds.
+
+        Raises:
+            UserError: nothing that can be opened; what was found, and what would do.
+        """
+        parent, name = split_path(source)
+        if source.endswith(FILES):
+            if name == checkpoints.STATE and checkpoints.is_name(split_path(parent)[1]):
+                return self.open(parent)
+            return self.file(source)
+        if source.endswith((".yaml", ".yml")):
+            return self.yaml(source)
+        if places.may_be_on_hub(source):
+            return self.export(source)
+        names = places.list_names(source)
+        if checkpoints.is_name(name):
+            listed = [checkpoint for checkpoint in _listed(parent) if checkpoint.name == name]
+            return self.newest([(parent, each) for each in listed], source)
+        if any(checkpoints.is_name(each.split("/")[0]) for each in names):
+            return self.newest([(source, each) for each in _listed(source)], source)
+        if places.CONFIG in names:
+            return self.export(source)
+        if checkpoints.CONFIG in names and not is_remote(source):
+            return self.run(source)
+        if any(each.split("/")[0] == "checkpoints" for each in names):
+            return self.open(f"{source}/checkpoints")
+        if published.DECODER in names:
+            return self.published(source)
+        raise UserError(f"{source}: {_what_it_is(names)}")
+
+    def run(self, source: str) -> Any:
+        """A run's folder."""
+        config = load_config(f"{source}/{checkpoints.CONFIG}", self.overrides)
+        found = checkpoints_of_run(source, config)
+        if not found:
+            raise UserError(f"{source}: the run has no checkpoint yet")
+        return self.newest(found, source)
+
+    def newest(self, found: list[tuple[str, Listed]], source: str) -> Any:
+        """The first of these checkpoints that is whole."""
+        fault = "there is no complete checkpoint in it"
+        for folder, checkpoint in found:
+            try:
+                local = checkpoints.fetch(folder, checkpoint, self.scratch)
+                if (local / checkpoints.SHARDED).is_file():
+                    checkpoints.check_metadata(local)
+            except DamagedError as error:
+                fault = f"checkpoint {folder}/{checkpoint.name} cannot be used: {error}"
+                log.warning("%s", fault) if len(found) > 1 else None
+                continue
+            except Exception as error:
+                raise UserError(f"cannot read checkpoint {checkpoint.name} of {folder}: {reason(error)}") from error
+            return self.checkpoint(local, f"{folder}/{checkpoint.name}")
+        raise UserError(f"{source}: {fault}" if len(found) != 1 else fault)
+
+    def checkpoint(self, local: Path, source: str) -> Any:
+        """A checkpoint that is whole, on this disk."""
+        return open_checkpoint(local, source, self.weights, self.overrides, self.scratch)
+
+    def file(self, source: str) -> Any:
+        """A file of tensors."""
+        if not source.endswith(".pt"):
+            raise UserError(f"{source}: {PUBLISHED if source.endswith(FILES) else places.WOULD_DO}")
+        return open_file(source, self.weights, self.overrides, self.scratch)
+
+    def yaml(self, source: str) -> Any:
+        """A run's configuration."""
+        config = load_config(source, self.overrides)
+        found = checkpoints_of_run(config.run_dir, config)
+        if any(checkpoint.parts for _, checkpoint in found):
+            return self.newest(found, source)
+        if not isinstance(config.model, Model) or config.model.decoder.weights is None:
+            instead = ", and no model.decoder.weights to use instead" if isinstance(config.model, Model) else ""
+            raise UserError(f"{source}: its run has no checkpoint in {config.run_dir}{instead}")
+        import_plugins(config.imports)
+        network = explained(source, lambda: exports.build_network(config.model, config.data.image_size))
+        return of_config(network, config, "given")
+
+    def export(self, source: str) -> Any:
+        """A folder with a config.json, or a repository of the hub."""
+        local = places.local_folder(source, self.scratch)
+        content = places.read_json(local / places.CONFIG, f"{source}/{places.CONFIG}")
+        if "_class_name" in content:
+            return self.diffusers(local, source)
+        if "decoder_hidden_size" in content:
+            return self.published(source)
+        about = exports.read_exported(local, source, self.overrides)
+        if self.weights == "live" and about.weights == "ema":
+            raise UserError(f"{source} holds averaged weights only; export the run again with --weights live")
+        return self.exported(local, source, about)
+
+    def exported(self, local: Path, source: str, about: Exported) -> Any:
+        """An export of ours, on this disk."""
+        exports.import_needed(about, source, self.imports)
+        network = explained(source, lambda: exports.build_exported(local, about, source))
+        known = {key: getattr(about, key) for key in ("name", "weights", "model", "imports", "trained", "figures")}
+        return Source(network, about.image_size, config=_run_config(local), **known)
+
+    def diffusers(self, local: Path, source: str) -> Any:
+        """A diffusers folder, on this disk."""
+        return diffusers_format.read(local, source, self.scratch)
+
+    def published(self, source: str) -> Any:
+        """A folder with a published decoder."""
+        raise UserError(f"{source}: {PUBLISHED}")
 
 
 def _what_it_is(names: set[str]) -> str:
     if "index.json" in names:
         return f"a data set, not an autoencoder; {places.WOULD_DO}"
-    if "model.pt" in names:
-        return PUBLISHED
     return f"no autoencoder: the folder holds {places.first_of(names) or 'nothing'}; {places.WOULD_DO}"
 
 
@@ -123,16 +219,10 @@ def _listed(folder: str) -> list[Listed]:
         return checkpoints.list_checkpoints(folder)
 
 
-def _open_run(source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
-    config = load_config(f"{source}/{checkpoints.CONFIG}", overrides)
-    found = checkpoints_of_run(source, config)
-    if not found:
-        raise UserError(f"{source}: the run has no checkpoint yet")
-    return _open_newest(found, source, weights, overrides, scratch)
-
-
 def checkpoints_of_run(folder: str, config: Config | None) -> list[tuple[str, Listed]]:
     """A run's checkpoints, each with the folder that holds it, the newest first.
+
+    Those in the run's folder go first: it may be a copy, whose configuration still names the place of the original's.
 
     Args:
         folder: the run's, or one of checkpoints.
@@ -141,59 +231,24 @@ def checkpoints_of_run(folder: str, config: Config | None) -> list[tuple[str, Li
     Raises:
         UserError: a folder cannot be listed.
     """
-    said = config and config.save_folder
-    waiting = (str(path) for path in Path(folder).glob("uploads/node*"))
-    places = dict.fromkeys([folder, f"{folder}/checkpoints", *([said] if said else []), *waiting])
-    found = [(place, each) for place in places for each in _listed(place)]
+    inside = _found([folder, f"{folder}/checkpoints"])
+    if any(checkpoint.parts for _, checkpoint in inside):
+        return _by_age(inside)
+    said = (config and config.save_folder) or folder
+    looked = {os.path.abspath(place) for place in (folder, f"{folder}/checkpoints")}
+    elsewhere = _found([said]) if is_remote(said) or os.path.abspath(said) not in looked else []
+    if elsewhere:
+        log.warning("%s holds no checkpoint; those in %s, which its configuration names, are used", folder, said)
+    waiting = _found(str(path) for path in Path(folder).glob("uploads/node*"))
+    return _by_age([*inside, *elsewhere, *waiting])
+
+
+def _found(folders: Iterable[str]) -> list[tuple[str, Listed]]:
+    return [(folder, each) for folder in folders for each in _listed(folder)]
+
+
+def _by_age(found: list[tuple[str, Listed]]) -> list[tuple[str, Listed]]:
     return sorted(found, key=lambda pair: pair[1].age, reverse=True)
-
-
-def _open_yaml(source: str, weights: str, overrides: list[str], scratch: Path) -> Source:
-    config = load_config(source, overrides)
-    found = checkpoints_of_run(config.run_dir, config)
-    if any(checkpoint.parts for _, checkpoint in found):
-        return _open_newest(found, source, weights, overrides, scratch)
-    if not isinstance(config.model, Model) or config.model.decoder.weights is None:
-        instead = ", and no model.decoder.weights to use instead" if isinstance(config.model, Model) else ""
-        raise UserError(f"{source}: its run has no checkpoint in {config.run_dir}{instead}")
-    import_plugins(config.imports)
-    network = explained(source, lambda: exports.build_network(config.model, config.data.image_size))
-    return of_config(network, config, "given")
-
-
-def _open_newest(
-    found: list[tuple[str, Listed]], source: str, weights: str, overrides: list[str], scratch: Path
-) -> Source:
-    fault = "there is no complete checkpoint in it"
-    for folder, checkpoint in found:
-        try:
-            local = checkpoints.fetch(folder, checkpoint, scratch)
-            if (local / checkpoints.SHARDED).is_file():
-                checkpoints.check_metadata(local)
-        except DamagedError as error:
-            fault = f"checkpoint {folder}/{checkpoint.name} cannot be used: {error}"
-            log.warning("%s", fault) if len(found) > 1 else None
-            continue
-        except Exception as error:
-            raise UserError(f"cannot read checkpoint {checkpoint.name} of {folder}: {reason(error)}") from error
-        return open_checkpoint(local, f"{folder}/{checkpoint.name}", weights, overrides, scratch)
-    raise UserError(f"{source}: {fault}" if len(found) != 1 else fault)
-
-
-def _open_export(source: str, weights: str, overrides: list[str], scratch: Path, imports: bool) -> Source:
-    local = places.local_folder(source, scratch)
-    content = places.read_json(local / places.CONFIG, f"{source}/{places.CONFIG}")
-    if "_class_name" in content:
-        return diffusers_format.read(local, source, scratch)
-    if "decoder_hidden_size" in content:
-        raise UserError(f"{source}: {PUBLISHED}")
-    about = exports.read_exported(local, source, overrides)
-    if weights == "live" and about.weights == "ema":
-        raise UserError(f"{source} holds averaged weights only; export the run again with --weights live")
-    exports.import_needed(about, source, imports)
-    network = explained(source, lambda: exports.build_exported(local, about, source))
-    known = {key: getattr(about, key) for key in ("name", "weights", "model", "imports", "trained", "figures")}
-    return Source(network, about.image_size, config=_run_config(local), **known)
 
 
 def _run_config(local: Path) -> Config | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rae.autoencoder.backbones import check_tensors
 from rae.autoencoder.decoder import Decoder
+from rae.autoencoder.decoder_weights import DecoderWeights, find_decoder
 from rae.config.arguments import plugin_text
 from rae.config.errors import UserError
 from rae.config.sections import Model
@@ -39,9 +40,9 @@ def inspect_file(path: str, scratch: Path) -> Report:
     tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)} if isinstance(content, dict) else {}
     if {"mean", "var"} <= tensors.keys():
         return Report("latent statistics", {"statistics": [size, *_statistics(tensors)]})
-    names = {name.removeprefix("decoder."): tensor for name, tensor in tensors.items()}
-    if published.is_decoder(names):
-        return Report("a published decoder", {"decoder": [size, *_published_sizes(names)]})
+    decoders = {which: find_decoder(content, which) for which in ("ema", "live")}
+    if decoder := decoders["ema"]:
+        return Report(_decoder_kind(decoder, decoders["live"]), {"decoder": [size, *_decoder_rows(decoder, path)]})
     if tensors:
         numbers = sum(t.numel() for t in tensors.values())
         counts = [("tensors", f"{len(tensors):,}"), ("numbers", f"{numbers:,}"), ("first", next(iter(tensors)))]
@@ -65,14 +66,23 @@ def _statistics(tensors: Mapping[str, Tensor]) -> list[Row]:
     return rows
 
 
-def _published_sizes(state: Mapping[str, Tensor]) -> list[Row]:
+def _decoder_kind(decoder: DecoderWeights, live: DecoderWeights | None) -> str:
+    if live is not None and decoder.inside != live.inside:
+        return f"a training checkpoint of the public code: its average, {decoder.inside!r}, is what begin_from takes"
+    inside = f", in {decoder.inside!r}" if decoder.inside else ""
+    beside = f" beside {len(decoder.others):,} other tensors" if decoder.others else ""
+    return f"a published decoder{inside}{beside}" if "decoder_embed.weight" in decoder.state else f"a decoder{beside}"
+
+
+def _decoder_rows(decoder: DecoderWeights, path: str) -> list[Row]:
+    state = decoder.ours(path)
     sizes, image_size = published.sizes_of(state)
     positions = "trained" if sizes.pop("trainable_positions") else "fixed sin-cos"
-    parameters = sum(t.numel() for name, t in state.items() if name != "decoder_pos_embed")
+    parameters = sum(t.numel() for name, t in state.items() if name != "positions")
     return [
-        ("latent channels", str(state["decoder_embed.weight"].shape[1])),
-        *((key.replace("_", " "), str(value)) for key, value in sizes.items()),
-        ("image size", str(image_size)),
+        ("latent channels", str(state["embed.weight"].shape[1])),
+        *((key.replace("_", " "), str(value or "not known")) for key, value in sizes.items()),
+        ("image size", str(image_size or "not known")),
         ("positions", positions),
         ("parameters", f"{parameters:,}"),
     ]
