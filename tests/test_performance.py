@@ -191,7 +191,8 @@ def test_compiled_networks_give_the_same_numbers(steps, run_dir, compiled):
         assert ours.keys() == theirs.keys()
         for name in (name for name in ours if name.startswith(FIGURES) and not name.endswith("accuracy")):  # a count
             # Steps of Adam that follow rounding show in gradients first, once the GAN makes them visible.
-            rel = (1e-5 if ours["batch"] <= 4 else 1e-4) if name.startswith("loss/") else 2e-3
+            late = 2e-3 if ours["batch"] <= 5 else 1e-2  # each step of the GAN magnifies it threefold
+            rel = (1e-5 if ours["batch"] <= 4 else 1e-4) if name.startswith("loss/") else late
             assert theirs[name] == pytest.approx(ours[name], rel=rel, abs=1e-6), name
 
 

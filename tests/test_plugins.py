@@ -81,7 +81,7 @@ def test_a_users_own_plugins_from_a_file(settings, tmp_path):
     settings["imports"] = [str(tmp_path / "mine.py")]
     settings["model"] |= {"encoder": {"patch_means": {}}, "pixel_loss": {"charbonnier": {"epsilon": 0.01}}}
     settings["algorithms"] |= {"edges": {"weight": 0.5, "start": "1ba"}, "halve_rate": {}}
-    settings["callbacks"] = {"counter": None}
+    settings["callbacks"] = {"counter": {}, "absent": None}
     settings["schedule"] = None
     records = run_of(settings)
     assert "loss/train/edges" not in records[0]
@@ -179,7 +179,8 @@ def test_which_weights_evaluation_uses(settings, evaluate):
 
 
 def test_weights_loaded_without_an_average_begin_one(settings, tmp_path):
-    first = train(Config.model_validate(settings))
+    without = {name: each for name, each in settings["algorithms"].items() if name != "ema"}
+    first = train(Config.model_validate(settings | {"algorithms": without}))
     settings |= {"run_dir": str(tmp_path / "other")}
     settings["trainer"] |= {
         "load_path": str(tmp_path / "run/checkpoints"),

@@ -10,7 +10,16 @@ from composer.optim import ComposerScheduler
 from composer.utils import dist
 from torch import Tensor, nn
 
-from rae.algorithms.base import can_skip_by_itself, in_precision, loss_scale, precision_context, reached, unwrapped
+from rae.algorithms.base import (
+    can_skip_by_itself,
+    in_precision,
+    keep_settings,
+    loss_scale,
+    precision_context,
+    reached,
+    set_step,
+    unwrapped,
+)
 from rae.autoencoder.discriminator import diff_augment
 from rae.autoencoder.losses import (
     D_LOSSES,
@@ -22,11 +31,12 @@ from rae.autoencoder.losses import (
     value_and_gradient,
     with_gradient,
 )
-from rae.autoencoder.model import RAEModel
+from rae.autoencoder.model import RAEModel, build_planned
 from rae.autoencoder.rae import quantize, to_float
 from rae.config.arguments import PluginEntry, build, check_arguments
 from rae.config.registry import register
 from rae.config.times import TimeString
+from rae.config.values import Count, NotNegative, Positive
 from rae.model import Counted
 
 
@@ -80,24 +90,20 @@ class Adversarial(Algorithm):
         schedule: PluginEntry("schedule") = {"warmup_cosine": {}},  # type: ignore[valid-type] # noqa: B006
         loss: Literal["hinge", "vanilla"] = "hinge",
         generator_loss: Literal["linear", "softplus"] = "linear",
-        weight: float = 0.75,
+        weight: NotNegative = 0.75,
         adaptive: bool = True,
-        max_adaptive_weight: float = 1e4,
+        max_adaptive_weight: Positive = 1e4,
         start: TimeString = "8ep",
         discriminator_start: TimeString = "6ep",
-        updates_per_step: int = 1,
+        updates_per_step: Count = 1,
         augment: bool | dict[str, float] = True,
         fakes: Literal["fresh", "reused"] = "fresh",
-        chunk: int | None = 8,
+        chunk: Count | None = 8,
     ):
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, not {chunk}")
-        if updates_per_step < 1:
-            raise ValueError(f"updates_per_step must be at least 1, not {updates_per_step}")
         where = "algorithms.adversarial"
         if isinstance(augment, dict):
             check_arguments(diff_augment, augment, f"{where}.augment", ("image",))
-        self.discriminator = build("discriminator", discriminator, f"{where}.discriminator")
+        self.discriminator = build_planned("discriminator", discriminator, f"{where}.discriminator")
         self.parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
         self.optimizer = build("optimizer", optimizer, f"{where}.optimizer", params=self.parameters)
         factor = build(
@@ -111,6 +117,7 @@ class Adversarial(Algorithm):
             raise ValueError(
                 "the discriminator's schedule must be one of ours: warmup_cosine, warmup_linear, constant_lr"
             )
+        keep_settings(self.optimizer)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.discriminator_loss, self.generator_loss = D_LOSSES[loss], G_LOSSES[generator_loss]
@@ -235,7 +242,8 @@ class Adversarial(Algorithm):
     def _fake(self, state: State, seen: Tensor) -> Tensor:
         """What the discriminator is shown: 8-bit reconstructions, fresh from the latents or the step's own."""
         with precision_context(state):
-            return quantize(_autoencoder(state).rae.decode(seen) if self.fakes == "fresh" else seen)
+            fresh = self.fakes == "fresh"
+            return quantize(_autoencoder(state).rae.decode_with_hidden(seen)[0] if fresh else seen)
 
     def _update(self, state: State, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """One discriminator step on (real, fake) of each microbatch."""
@@ -308,6 +316,6 @@ class Adversarial(Algorithm):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        set_step(self.schedule, state["schedule"]["last_epoch"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

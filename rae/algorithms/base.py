@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from composer import Algorithm, Event, Logger, State, Time
 from composer.core import Precision, TimeUnit, get_precision_context
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
 from rae.autoencoder.losses import note_gradient, value_and_gradient, with_gradient
 from rae.autoencoder.rae import to_float
 from rae.config.errors import UserError
+from rae.config.times import parse_time
 from rae.model import Counted, RunModel
 
 
@@ -58,6 +61,27 @@ def in_precision(state: State, function: Callable[..., Tensor]) -> Callable[...,
     return computed
 
 
+def keep_settings(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer, whenever it loads a state, take the moments from it and keep its own rates, decay, betas, …"""
+
+    def settings_kept(own: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = zip(state["param_groups"], own.param_groups, strict=False)
+        kept = [{**saved, **{k: v for k, v in group.items() if k != "params"}} for saved, group in groups]
+        return {**state, "param_groups": kept + state["param_groups"][len(kept) :]}
+
+    optimizer.register_load_state_dict_pre_hook(settings_kept)
+
+
+def set_step(schedule: LambdaLR, step: int) -> None:
+    """Put a schedule where it is after ``step`` steps, and the optimizer's rates where it says, from its own base."""
+    schedule.last_epoch = step
+    schedule._last_lr = [
+        base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
+
+
 class LossTerm(Algorithm):
     """A named term, ``weight`` times a function of reconstruction and image, added to the loss from ``start`` on.
 
@@ -83,7 +107,8 @@ class LossTerm(Algorithm):
     ):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, not {chunk}")
-        self.name, self.weight, self.start, self.network, self.chunk = name, weight, start, network, chunk
+        self.name, self.weight, self.start = name, weight, parse_time(start)
+        self.network, self.chunk = network, chunk
 
     def compute(self, recon: Tensor, image: Tensor) -> Tensor:
         """Both (B, 3, H, W), in [0, 1] (``recon`` approximately) -> scalar."""

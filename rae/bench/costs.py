@@ -105,7 +105,7 @@ def checkpoint_cost(networks: dict[str, list[Tensor]], repeats: int) -> dict[str
     naive = careful + [t.clone() for name in networks.keys() - copies for t in 2 * networks[name]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        writer = Writer(folder, "", mover=True)
+        writer = Writer(folder, {}, mover=True)
         writer.open_group([0])
 
         def written() -> None:

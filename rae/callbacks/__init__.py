@@ -3,6 +3,6 @@
 May import: adapters, config, survival, autoencoder, data, algorithms.
 """
 
-from rae.callbacks import console, guard, histograms, jsonl, pictures, referee, wandb
+from rae.callbacks import console, guard, histograms, jsonl, pictures, referee, tensorboard, wandb
 
-__all__ = ["console", "guard", "histograms", "jsonl", "pictures", "referee", "wandb"]
+__all__ = ["console", "guard", "histograms", "jsonl", "pictures", "referee", "tensorboard", "wandb"]

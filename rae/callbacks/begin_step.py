@@ -1,5 +1,8 @@
 """What every run does before a step: seed its random numbers, log its learning rate."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from composer import Callback, Logger, State
@@ -16,6 +19,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 class BeginStep(Callback):
     """Seed torch's generators from (seed, step, rank), and log the step's learning rate. Always on.
 
+    Every logger gets the number of the step that a figure is of, from 1: what ``metrics.jsonl`` calls ``batch``.
+
     Composer saves the generators' states, but does not restore them when Streaming resumes in mid-epoch. A seed
     a step needs nothing restored: latent noise and DiffAug depend on where training is, not on how it got there.
 
@@ -25,7 +30,25 @@ class BeginStep(Callback):
 
     def __init__(self, seed: int):
         self.seed = seed
+        self.begun = -1
+        """The steps that were finished when the last one began."""
+
+    def init(self, state: State, logger: Logger) -> None:
+        # Composer numbers what is logged within a step by the steps before it, and what is logged at its end by itself.
+        for name in ("log_metrics", "log_images"):
+            setattr(logger, name, self._numbered(state, getattr(logger, name)))
+
+    def _numbered(self, state: State, log: Callable[..., None]) -> Callable[..., None]:
+        def numbered(*args: Any, step: int | None = None, **kwargs: Any) -> None:
+            finished = int(state.timestamp.batch)
+            log(*args, step=finished + (finished == self.begun) if step is None else step, **kwargs)
+
+        return numbered
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self.begun = int(state.timestamp.batch)  # Composer logs the epoch before its first step begins
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        seed_step(self.seed, int(state.timestamp.batch), dist.get_global_rank())
+        self.begun = int(state.timestamp.batch)
+        seed_step(self.seed, self.begun, dist.get_global_rank())
         logger.log_metrics({f"lr/{unwrapped(state).trains}": state.optimizers[0].param_groups[0]["lr"]})

@@ -59,12 +59,18 @@ class Checkpointer(Callback):
         run_dir: where checkpoints wait for their upload.
         interval: a time string.
         keep: delete all but so many of the newest complete ones; −1 keeps all.
-        config: the run's configuration as YAML, which travels with each checkpoint.
+        texts: small files that travel with each checkpoint, by name.
         upload_attempts: before an upload counts as failed; pauses between them double from a second on.
     """
 
     def __init__(
-        self, folder: str, run_dir: str, interval: str, keep: int = -1, config: str = "", upload_attempts: int = 10
+        self,
+        folder: str,
+        run_dir: str,
+        interval: str,
+        keep: int = -1,
+        texts: dict[str, str] | None = None,
+        upload_attempts: int = 10,
     ):
         self.folder, self.keep = folder, keep
         self.remote = is_remote(folder)
@@ -75,7 +81,7 @@ class Checkpointer(Callback):
         self.saves = Mean()
         """How long training stood still for this start's saves."""
         self.saved_at: tuple[int, int] | None = None
-        self.writer = Writer(self.local, config, self.mover)
+        self.writer = Writer(self.local, {} if texts is None else texts, self.mover)
         self.uploader = Uploader(folder, upload_attempts) if self.remote else None
         self.stop = StopRequest()
         self.safe = ""

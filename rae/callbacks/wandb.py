@@ -12,12 +12,15 @@ from rae.config.errors import UserError
 from rae.config.registry import register
 
 
-@register("logger", "wandb", context=("run_dir",))
+@register("logger", "wandb", context=("run_dir", "travelling"))
 class WandB(WandBLogger):
     """Composer's W&B logger, kept in the run's folder, and not asked for checkpoints when a run resumes.
 
+    A run is one run of W&B's, however often it is started: its id travels with the checkpoints.
+
     Args:
         run_dir: W&B's local files go there (supplied).
+        travelling: what travels with the run's checkpoints (supplied).
         project, group, name, entity, tags: as W&B knows them; the name is by default the run's.
         init_kwargs: further arguments of ``wandb.init``.
     """
@@ -25,6 +28,7 @@ class WandB(WandBLogger):
     def __init__(
         self,
         run_dir: str,
+        travelling: dict[str, Any],
         project: str | None = None,
         group: str | None = None,
         name: str | None = None,
@@ -33,7 +37,9 @@ class WandB(WandBLogger):
         init_kwargs: dict[str, Any] | None = None,
     ):
         os.makedirs(run_dir, exist_ok=True)
-        init_kwargs = {"dir": run_dir, **(init_kwargs or {})}
+        self.travelling = travelling
+        known = {"id": travelling["wandb"]} if "wandb" in travelling else {}
+        init_kwargs = {"dir": run_dir, "resume": "allow", **known, **(init_kwargs or {})}
         super().__init__(project, group, name, entity, tags, init_kwargs=init_kwargs)
 
     def init(self, state: State, logger: Logger) -> None:
@@ -47,6 +53,8 @@ class WandB(WandBLogger):
         mend_wandb_logger()
         try:
             super().init(state, logger)
+            if wandb.run is not None:
+                self.travelling["wandb"] = wandb.run.id
         except wandb.Error as error:
             dist.broadcast_object_list([None, None])  # the run's entity and project, for which the other ranks wait
             said = " ".join(str(error).split()).rstrip(".")

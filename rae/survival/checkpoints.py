@@ -31,6 +31,8 @@ STATE = "state.pt"
 SHARDED = ".metadata"
 """Its presence tells a sharded checkpoint."""
 CONFIG = "config.yaml"
+RECORD = "run.json"
+"""What its training data were, and in which order they came."""
 METRICS = "metrics.json"
 """The last evaluation, in the checkpoint that ends a run."""
 _NAME = re.compile(r"ep(\d+)-ba(\d+)")

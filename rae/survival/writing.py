@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from rae.config.errors import first_line
-from rae.survival.checkpoints import CONFIG, SHARDED, STATE, Listed, remove, seal, sync
+from rae.survival.checkpoints import SHARDED, STATE, Listed, remove, seal, sync
 from rae.survival.processes import rank, world_size
 
 
@@ -34,12 +34,12 @@ class Writer:
 
     Args:
         folder: local, where checkpoints go.
-        config: the run's configuration as YAML, which travels with each checkpoint.
+        texts: small files that travel with each checkpoint, by name: the run's configuration, what its data are.
         mover: whether this rank moves what the ranks of this disk have written to its place.
     """
 
-    def __init__(self, folder: Path, config: str, mover: bool):
-        self.folder, self.config, self.mover = folder, config, mover
+    def __init__(self, folder: Path, texts: dict[str, str], mover: bool):
+        self.folder, self.texts, self.mover = folder, texts, mover
         self.ranks: list[int] = []
         self.group: Any = None
         self.thread: threading.Thread | None = None
@@ -150,8 +150,9 @@ class Writer:
         part = self.ranks.index(rank())
         written = sorted(file.name for file in folder.iterdir() if file.name.startswith((f"__{part}_", STATE)))
         if part == 0:
-            (folder / CONFIG).write_text(self.config)
-            written += [CONFIG, *(file.name for file in folder.glob(SHARDED))]
+            for name, text in self.texts.items():
+                (folder / name).write_text(text)
+            written += [*self.texts, *(file.name for file in folder.glob(SHARDED))]
         return [*written, seal(folder, written, part, len(self.ranks), token)]
 
     def _move(self, staging: Path, name: str) -> None:

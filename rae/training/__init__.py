@@ -1,4 +1,4 @@
 """From a configuration to a Trainer that fits: checks, parts, parallelism, compilation, resuming.
 
-May import: config, survival, data, algorithms, callbacks, evaluation.
+May import: config, survival, autoencoder, exchange, data, algorithms, callbacks, evaluation.
 """

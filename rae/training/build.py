@@ -1,5 +1,6 @@
 """The parts of a run, and Composer's Trainer of them."""
 
+import json
 import logging
 import os
 import sys
@@ -14,7 +15,9 @@ from composer.utils import dist, get_device, reproducibility
 from torch.optim.lr_scheduler import LambdaLR
 
 from rae.algorithms.adversarial import Adversarial, adversarial_last
+from rae.algorithms.base import keep_settings
 from rae.callbacks.begin_step import BeginStep
+from rae.callbacks.checkpointer import Checkpointer
 from rae.callbacks.guard import Guard
 from rae.callbacks.progress import Progress
 from rae.callbacks.step_figures import StepFigures
@@ -25,11 +28,12 @@ from rae.config.sections import Config, Model
 from rae.data.loaders import Ledger
 from rae.evaluation.metrics import build_metrics, verdict, within
 from rae.model import RunModel
+from rae.survival.checkpoints import RECORD
 from rae.survival.processes import rank
-from rae.training.checks import in_epochs
+from rae.training.beginning import begin, freeze
 from rae.training.compilation import check_compiler, compile_networks
-from rae.training.data import build_train_loader, evaluators, open_eval, refer_all
-from rae.training.loading import explained, find_checkpoint, loading
+from rae.training.data import build_train_loader, evaluators, open_eval, record_of, refer_all
+from rae.training.loading import Start, explained, find_start, go_on, loading
 from rae.training.parallelism import average_gradients, parallelism
 from rae.training.saving import build_checkpointer
 
@@ -43,7 +47,8 @@ def build_model(config: Config) -> Any:
     model = build("model", entry, "model", image_size=config.data.image_size)
     if not isinstance(model, RunModel):
         raise UserError(f"model.{next(iter(entry))}: it makes a {type(model).__name__}, which is no rae.RunModel")
-    model.eval_metrics = build_metrics(config.metrics)
+    freeze(model, config.freeze)
+    model.eval_metrics = build_metrics(config.metrics, config.data.image_size)
     return model
 
 
@@ -58,36 +63,35 @@ def build_trainer(config: Config) -> Trainer:
     arguments["precision"] = _precision(arguments.get("precision"), arguments.get("device"))
     device = initialize(config)
     check_compiler(config.compile, device.name)
-    if rank() == 0:
-        save_config(config, Path(config.run_dir) / "config.yaml")
     checkpointer = build_checkpointer(config, arguments)
-    checkpoint = find_checkpoint(config, arguments, checkpointer)
+    start = find_start(config, arguments, checkpointer)
     evaluation = open_eval(config, "data.eval")
     ledger = Ledger(config.data.max_bad_samples, list(config.data.train.streams))
     loader = build_train_loader(config, ledger)
+    record = record_of(config, loader)
     reproducibility.seed_all(config.seed)  # every rank starts from the same weights
     model = device.module_to_device(build_model(config))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build("optimizer", config.optimizer, "optimizer", params=trained)
+    optimizer = _optimizer(config, model)
+    steps = min(len(loader), max(arguments.get("train_subset_num_batches", -1), 0) or len(loader))  # an epoch's
+    schedule = _schedule(config, optimizer, steps)
     figures = StepFigures(ledger)
-    context = dict(steps_per_epoch=len(loader), run_dir=config.run_dir, eval_images=evaluation, figures=figures)
-    algorithms = _build_all("algorithm", config.algorithms, context)
-    compile_networks(config.compile, model, algorithms)
-    for adversarial in (each for each in algorithms if isinstance(each, Adversarial)):
-        model.eval_metrics |= within("discriminator", verdict(adversarial.discriminator))
+    sizes = dict(steps_per_epoch=steps, image_size=config.data.image_size)
+    watched = dict(eval_images=evaluation, figures=figures, travelling=start.travelling)
+    context = dict(**sizes, **watched, run_dir=config.run_dir)
+    algorithms = _algorithms(config, model, start, context)
     arguments.setdefault("progress_bar", sys.stderr.isatty())
     loggers = dict(config.loggers)
     if not arguments["progress_bar"]:
         loggers.setdefault("console", {})
     arguments.setdefault("auto_log_hparams", False)
     callbacks = [figures, BeginStep(config.seed), *_build_all("callback", _callbacks(config), context)]
-    progress = Progress(config.data.batch_size, str(in_epochs(arguments.get("eval_interval", "1ep"))))
+    progress = Progress(config.data.batch_size, arguments.get("eval_interval", "1ep"))
     passed = dict(
         model=model,
         train_dataloader=loader,
         eval_dataloader=evaluators(config, evaluation, algorithms, Ledger(config.data.max_bad_samples)),
         optimizers=optimizer,
-        schedulers=_schedule(config, optimizer, len(loader)),
+        schedulers=schedule,
         step_schedulers_every_batch=True,
         algorithms=algorithms,
         algorithm_passes=[adversarial_last, *(c.without_updates for c in callbacks if isinstance(c, Guard))],
@@ -97,13 +101,34 @@ def build_trainer(config: Config) -> Trainer:
         seed=config.seed,
         run_name=config.run_name,
     )
-    ignored = arguments.pop("load_ignore_keys", None)
-    expected = None if ignored or arguments.get("load_strict_model_weights") is False else model
-    with loading(config, checkpoint, ignored, expected) as load, explained(checkpoint):
+    strict = arguments.pop("load_strict_model_weights", True)
+    ignored = arguments.pop("load_ignore_keys", None if strict else [])
+    with loading(config, start, ignored, model) as load, explained(start.checkpoint):
         trainer = Trainer(**passed, **arguments, **load)
+    go_on(config, trainer, start, schedule, record)
+    _note(checkpointer, {**record, "loggers": start.travelling})
+    if rank() == 0:
+        save_config(config, Path(config.run_dir) / "config.yaml")
     average_gradients(model)
     refer_all(config, trainer)
     return trainer
+
+
+def _note(checkpointer: Checkpointer | None, record: dict[str, Any]) -> None:
+    """Let a record of the run travel with its checkpoints."""
+    if checkpointer is not None:
+        checkpointer.writer.texts[RECORD] = json.dumps(record, indent=2) + "\n"
+
+
+def _algorithms(config: Config, model: Any, start: Start, context: dict[str, Any]) -> list[Any]:
+    """The configuration's, with the weights to begin with in model and discriminator, and compiled networks."""
+    algorithms = _build_all("algorithm", config.algorithms, context)
+    if start.beginning is not None:
+        begin(config, start.beginning, model, algorithms)
+    compile_networks(config.compile, model, algorithms)
+    for adversarial in (each for each in algorithms if isinstance(each, Adversarial)):
+        model.eval_metrics |= within("discriminator", verdict(adversarial.discriminator))
+    return algorithms
 
 
 def initialize(config: Config) -> Device:
@@ -131,6 +156,13 @@ def _callbacks(config: Config) -> dict[str, Any]:
 
 def _build_all(kind: str, entries: dict[str, Any], context: dict[str, Any]) -> list[Any]:
     return [build(kind, {name: arguments}, f"{kind}s", **context) for name, arguments in entries.items()]
+
+
+def _optimizer(config: Config, model: Any) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build("optimizer", config.optimizer, "optimizer", params=trained)
+    keep_settings(optimizer)
+    return optimizer
 
 
 def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:

@@ -1,7 +1,10 @@
 """A run's data: what its configuration names, opened, as loaders and evaluators."""
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from composer import Evaluator, Trainer
@@ -12,6 +15,7 @@ from rae.config.sections import Config
 from rae.data.dataset import ImageDataset, open_stream
 from rae.data.decoding import eval_transform, train_transform
 from rae.data.loaders import Ledger, eval_loader, train_loader
+from rae.data.shards import content_hash
 from rae.evaluation.frechet import Reference, refer
 from rae.survival.processes import opening, rank, world_size
 from rae.survival.storage import RemoteFolder
@@ -31,7 +35,9 @@ def _open(config: Config, sources: Mapping[str, Any], **arguments: Any) -> Image
     # Pauses between attempts double: minutes without the store, not seconds.
     arguments = {"download_retry": 8, **config.data.streaming, **arguments}
     paths = ", ".join(f"{where}.path {stream.remote or stream.local!r}" for where, stream in streams.items())
-    with opening([stream.local for stream in streams.values()], f"cannot open {paths}"):
+    home = Path(config.run_dir).resolve()
+    caches = [s.local for s in streams.values() if s.remote and Path(s.local).resolve().is_relative_to(home)]
+    with opening([stream.local for stream in streams.values()], f"cannot open {paths}", caches):
         return ImageDataset(streams=list(streams.values()), seed=config.seed, verify=config.data.verify, **arguments)
 
 
@@ -53,6 +59,37 @@ def build_train_loader(config: Config, ledger: Ledger) -> Any:
     if len(loader) == 0:
         raise UserError(f"data.train: {dataset.size} images are fewer than one batch of {data.batch_size}")
     return loader
+
+
+_ORDERING = (
+    *("shuffle_algo", "shuffle_block_size", "partition_algo", "sampling_method", "sampling_granularity"),
+    *("epoch_size", "batching_method"),
+)
+
+
+def record_of(config: Config, loader: Any) -> dict[str, Any]:
+    """What a run's training data are, and what their order hangs on: it travels with each checkpoint.
+
+    Returns:
+        {images: a hash of their content, order: what a place in an epoch goes by}.
+    """
+    data = config.data
+    shards = loader.dataset.shards
+    if all(shard.raw_data.hashes for shard in shards):
+        images = content_hash([{"raw_data": {"hashes": shard.raw_data.hashes}} for shard in shards])
+    else:  # written by another program, without hashes
+        held = [[shard.raw_data.basename, shard.raw_data.bytes, shard.samples] for shard in shards]
+        images = hashlib.sha256(json.dumps(held).encode()).hexdigest()
+    order = {
+        "seed": config.seed,
+        "data.num_canonical_nodes": data.num_canonical_nodes,
+        "data.train.shuffle": data.train.shuffle,
+        **{f"data.streaming.{key}": value for key, value in data.streaming.items() if key in _ORDERING},
+    }
+    for where, source in data.training.items():
+        for key, value in source.model_dump(include={"proportion", "repeat", "choose"}, exclude_none=True).items():
+            order[f"{where}.{key}"] = value
+    return {"images": images, "order": order}
 
 
 def open_eval(config: Config, where: str) -> ImageDataset | None:

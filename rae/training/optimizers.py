@@ -8,7 +8,8 @@ import torch
 
 from rae.config.errors import UserError
 from rae.config.registry import register
-from rae.config.times import TimeString, in_steps
+from rae.config.times import StepTime, in_steps
+from rae.config.values import Decay, NotNegative, Positive
 
 Schedule = Callable[[int], float]
 """Optimizer step (from 0) -> factor on the base learning rate."""
@@ -17,10 +18,10 @@ Schedule = Callable[[int], float]
 @register("optimizer", "adamw", context=("params",))
 def adamw(
     params: Iterable[torch.nn.Parameter],
-    lr: float = 2e-4,
-    betas: tuple[float, float] = (0.9, 0.95),
-    weight_decay: float = 0.0,
-    eps: float = 1e-8,
+    lr: NotNegative = 2e-4,
+    betas: tuple[Decay, Decay] = (0.9, 0.95),
+    weight_decay: NotNegative = 0.0,
+    eps: Positive = 1e-8,
     fused: bool | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with the RAE recipe's settings as defaults.
@@ -34,9 +35,9 @@ def adamw(
 @register("optimizer", "adam", context=("params",))
 def adam(
     params: Iterable[torch.nn.Parameter],
-    lr: float = 2e-4,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
+    lr: NotNegative = 2e-4,
+    betas: tuple[Decay, Decay] = (0.9, 0.95),
+    eps: Positive = 1e-8,
     fused: bool | None = None,
 ) -> torch.optim.Optimizer:
     """Adam (Kingma & Ba, arXiv 1412.6980); ``fused`` as for :func:`adamw`."""
@@ -49,16 +50,9 @@ def _built(
     fused: bool | None,
     **settings: Any,
 ) -> torch.optim.Optimizer:
-    """It stays fused, or not, when it loads the state of one that was otherwise, as earlier checkpoints hold."""
     params = list(params)
     fused = all(p.device.type in ("cpu", "cuda") for p in params) if fused is None else fused
-    optimizer = kind(params, fused=fused, **settings)
-
-    def adapted(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
-
-    optimizer.register_load_state_dict_pre_hook(adapted)
-    return optimizer
+    return kind(params, fused=fused, **settings)
 
 
 def _warmup_then(name: str, decay: Callable[[float], float]) -> Callable[..., Schedule]:
@@ -67,9 +61,9 @@ def _warmup_then(name: str, decay: Callable[[float], float]) -> Callable[..., Sc
     def schedule(
         base_lr: float,
         steps_per_epoch: int,
-        warmup: TimeString = "1ep",
-        decay_end: TimeString = "16ep",
-        final_lr: float = 2e-5,
+        warmup: StepTime = "1ep",
+        decay_end: StepTime = "16ep",
+        final_lr: NotNegative = 2e-5,
         warmup_from_zero: bool = True,
     ) -> Schedule:
         """Linear warm-up, then down to ``final_lr`` at ``decay_end``, then constant.

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from composer.utils import dist
-from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rae.config.errors import UserError
-from rae.config.sections import Config
 from rae.survival.checkpoints import (
-    CONFIG,
     SHARDED,
     DamagedError,
     Listed,
@@ -27,11 +24,6 @@ from rae.survival.checkpoints import (
 from rae.survival.storage import RemoteFolder, is_remote, reason
 
 log = logging.getLogger(__name__)
-_COURSE = (
-    *("seed", "data.image_size", "data.batch_size", "data.num_canonical_nodes", "data.train", "model", "optimizer"),
-    *("schedule", "algorithms", "trainer.precision", "trainer.device_train_microbatch_size"),
-)
-"""The keys that decide the course of training: a change of one is worth a line."""
 
 
 def newest(folders: Sequence[str], scratch: Path, damaged: Literal["older", "stop"]) -> Path | None:
@@ -89,18 +81,20 @@ def _listed(folder: str) -> list[Listed]:
     return found[0]
 
 
-def _on_each_node(work: Callable[[], Any], failure: str) -> list[Any]:
+def on_each_node(work: Callable[[], Any], failure: str) -> list[Any]:
     """What ``work`` gave to one rank of each node, by rank; if it failed, all ranks raise. A collective call."""
     made, fault = None, ""
     if dist.get_local_rank() == 0:
         try:
             made = work()
         except (Exception, CheckpointException) as error:
-            fault = str(error) if isinstance(error, DamagedError) else reason(error)
+            said = isinstance(error, DamagedError | UserError)
+            fault = str(error) if said else reason(error)
+            fault = fault if isinstance(error, UserError) else f"{failure}: {fault}"
     answers = dist.all_gather_object((made, fault))
     for _, each in answers:
         if each:
-            raise UserError(f"{failure}: {each}")
+            raise UserError(each)
     return [made for made, _ in answers]
 
 
@@ -116,7 +110,7 @@ def _fetched(folder: str, checkpoint: Listed, scratch: Path) -> tuple[Path, str]
             return str(error)
         return ""
 
-    faults = _on_each_node(damage, f"cannot read checkpoint {checkpoint.name} of {folder}")
+    faults = on_each_node(damage, f"cannot read checkpoint {checkpoint.name} of {folder}")
     local = scratch if is_remote(folder) else Path(folder)
     return local / checkpoint.name, next(filter(None, faults), "")
 
@@ -136,10 +130,20 @@ def given(path: str, scratch: Path, damaged: Literal["older", "stop"]) -> Path:
         if fault:
             raise UserError(f"trainer.load_path: checkpoint {path} is not used: {fault}")
         return local
-    found = newest([path], scratch, damaged)
-    if found is None:
-        raise UserError(f"trainer.load_path: there is no complete checkpoint in {path}")
-    return found
+    for folder in (path, f"{path.rstrip('/')}/checkpoints"):  # of a run, whose folder may be given
+        found = newest([folder], scratch, damaged)
+        if found is not None:
+            return found
+    raise UserError(f"trainer.load_path: {_no_checkpoint(path)}")
+
+
+def _no_checkpoint(path: str) -> str:
+    """What a path without a checkpoint is instead."""
+    if not is_remote(path) and not Path(path).exists():
+        return f"there is no folder and no file {path}"
+    if not is_remote(path) and any(Path(path, name).is_file() for name in ("config.json", "model.pt")):
+        return f"{path} holds weights alone; begin_from: {path} takes them"
+    return f"there is no complete checkpoint in {path}"
 
 
 def _file(path: str, scratch: Path) -> Path:
@@ -152,7 +156,7 @@ def _file(path: str, scratch: Path) -> Path:
             RemoteFolder(folder).download(name, local)
         check_whole(local)
 
-    _on_each_node(get, f"trainer.load_path: {path}")
+    on_each_node(get, f"trainer.load_path: {path}")
     return local
 
 
@@ -165,7 +169,7 @@ def loadable(checkpoint: Path, sharded: bool, scratch: Path) -> Path:
         UserError: it cannot be converted.
     """
     failure = f"checkpoint {checkpoint} cannot be converted for this launch"
-    paths = _on_each_node(lambda: in_form(checkpoint, sharded, scratch / "converted"), failure)
+    paths = on_each_node(lambda: in_form(checkpoint, sharded, scratch / "converted"), failure)
     return paths[dist.get_global_rank() - dist.get_local_rank()]
 
 
@@ -174,19 +178,3 @@ def clear(scratch: Path) -> None:
     dist.barrier()
     if dist.get_local_rank() == 0:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def changes(checkpoint: Path, config: Config) -> list[str]:
-    """What differs between a checkpoint's configuration and this one, of what decides the course of training."""
-    file = checkpoint / CONFIG
-    if not file.is_file():
-        return []
-    before, now = _flat(OmegaConf.to_container(OmegaConf.load(file))), _flat(config.model_dump())
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys]
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict) and tree:
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
-    return {prefix: tree} if prefix.startswith(_COURSE) and prefix != "data.train.cache" else {}

@@ -76,6 +76,10 @@ def _fit(config: Config, trainer: Trainer, checkpointers: list[Checkpointer]) ->
                 trainer.eval()
         except DataError as error:
             raise RankError(error.line) from error
+        except OSError as error:
+            if Path(config.run_dir).is_dir():
+                raise
+            raise RankError(f"run_dir: {config.run_dir} is gone: it was deleted while the run was in it") from error
         except RuntimeError as error:
             if "gloo" not in str(error) or "by peer" not in str(error):  # closed its connection, or reset it
                 raise

@@ -12,24 +12,30 @@ from rae.callbacks.checkpointer import Checkpointer
 from rae.config.errors import UserError
 from rae.config.loading import to_yaml
 from rae.config.sections import Config
-from rae.survival.processes import RunLock, rank
+from rae.survival.checkpoints import CONFIG
+from rae.survival.processes import RunLock, local_rank, rank
 from rae.survival.storage import RemoteFolder, is_remote
-from rae.training.checks import in_epochs
 
 
 @contextmanager
 def alone(folder: str, where: str) -> Iterator[None]:
     """No process of an earlier start is left, and none of a later one begins, inside this context."""
     try:
-        lock = RunLock(folder)
+        lock, machines = RunLock(folder), RunLock(folder, on_machine=True)
     except OSError as error:
         raise UserError(f"{where}: cannot write to {folder}: {error.strerror}") from error
-    with lock.file:
+    with lock.file, machines.file:
+        if local_rank() == 0:
+            machines.acquire()
         if rank() == 0:
             lock.acquire()
         dist.barrier()
         lock.share()
-        yield
+        machines.share()
+        try:
+            yield
+        finally:
+            machines.release()  # a run that has ended as it should: its idle workers hold nothing up
 
 
 def folder_alone(config: Config) -> AbstractContextManager[None]:
@@ -44,7 +50,7 @@ def build_checkpointer(config: Config, arguments: dict[str, Any]) -> Checkpointe
     """What saves this run, from the trainer's arguments of Composer's names, which it takes out of ``arguments``."""
     arguments.pop("save_folder", None)
     folder = config.save_folder
-    interval = str(in_epochs(arguments.pop("save_interval", "1ep")))
+    interval = arguments.pop("save_interval", "1ep")
     keep = arguments.pop("save_num_checkpoints_to_keep", -1)
     if folder is None:
         return None
@@ -53,7 +59,9 @@ def build_checkpointer(config: Config, arguments: dict[str, Any]) -> Checkpointe
     elif rank() == 0:
         RemoteFolder(folder).check_writable("trainer.save_folder")
     dist.barrier()
-    return Checkpointer(folder, config.run_dir, interval, keep, to_yaml(config), config.checkpoints.upload_attempts)
+    return Checkpointer(
+        folder, config.run_dir, interval, keep, {CONFIG: to_yaml(config)}, config.checkpoints.upload_attempts
+    )
 
 
 def _check_folder(folder: str) -> None:
