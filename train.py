@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 
-from rae.config.errors import RankError, UserError
-from rae.config.loading import load_config
-from rae.survival.processes import follow_parent
+from rae.survival.interrupts import run_interruptibly
 
 
 def main() -> None:
+    from rae.config.errors import RankError, UserError
+    from rae.config.loading import load_config
+    from rae.survival.processes import follow_parent
+
     parser = argparse.ArgumentParser(
         description="Train a Representation Autoencoder from a YAML file.",
         epilog="Launch with `composer train.py …` (one process per GPU) or `composer -n 2 train.py …`.",
@@ -37,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_interruptibly(main, "interrupted; the same command goes on")

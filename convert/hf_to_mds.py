@@ -1,5 +1,9 @@
 """Turn a Hugging Face data set, saved with `save_to_disk`, into MDS shards for training."""
 
+from rae.survival.interrupts import INTERRUPTED, heed_interrupts
+
+heed_interrupts(INTERRUPTED)  # the rest takes seconds to import
+
 import argparse
 from pathlib import Path
 from typing import Any

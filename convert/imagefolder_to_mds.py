@@ -1,5 +1,9 @@
 """Turn a folder of images, in class sub-folders or not, local or in an S3 bucket, into MDS shards for training."""
 
+from rae.survival.interrupts import INTERRUPTED, heed_interrupts
+
+heed_interrupts(INTERRUPTED)  # the rest takes seconds to import
+
 import argparse
 from dataclasses import replace
 

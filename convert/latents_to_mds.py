@@ -3,6 +3,10 @@
 Several ranks share the work: composer -n 8 convert/latents_to_mds.py yamls/rae_dino.yaml OUT
 """
 
+from rae.survival.interrupts import INTERRUPTED, heed_interrupts
+
+heed_interrupts(INTERRUPTED)  # the rest takes seconds to import
+
 import argparse
 
 from rae.config.errors import UserError

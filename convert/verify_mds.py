@@ -1,5 +1,9 @@
 """Check a finished data set: every shard against its hashes, and that every image decodes."""
 
+from rae.survival.interrupts import heed_interrupts
+
+heed_interrupts()  # the rest takes seconds to import
+
 import argparse
 import sys
 

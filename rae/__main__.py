@@ -6,7 +6,7 @@ import keyword
 import os
 import sys
 
-from rae.config.errors import RankError, UserError
+from rae.survival.interrupts import run_interruptibly
 
 COMMANDS = {  # name, which is its module's in rae/commands -> what it does
     "demo": "train a small autoencoder on photographs, in minutes on two CPU cores",
@@ -31,6 +31,8 @@ def main(words: list[str] | None = None) -> None:
     Args:
         words: of the command line, by default this process's.
     """
+    from rae.config.errors import RankError, UserError
+
     words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser(
         prog="python -m rae",
@@ -65,10 +67,12 @@ def main(words: list[str] | None = None) -> None:
 
 def _check_given(arguments: argparse.Namespace) -> None:
     """Raise UserError for an empty text: a variable of the shell that is not set."""
+    from rae.config.errors import UserError
+
     for name, value in vars(arguments).items():
         if "" in (value if isinstance(value, list) else [value]):
             raise UserError(f"{name.upper()} is empty; if it comes from a variable, set that")
 
 
 if __name__ == "__main__":
-    main()
+    run_interruptibly(main)

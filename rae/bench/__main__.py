@@ -18,6 +18,7 @@ from rich.table import Table
 from rae.bench import costs, scaling, startup, step
 from rae.bench.data import SHORT, make_photographs, write_shards
 from rae.bench.measure import console, show
+from rae.survival.interrupts import run_interruptibly
 
 SECTIONS = ("step", "limits", "memory", "costs", "startup", "scaling")
 
@@ -200,4 +201,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_interruptibly(main)

@@ -39,6 +39,7 @@ from rae.data.decoding import train_transform
 from rae.data.listing import list_images
 from rae.data.loaders import train_loader
 from rae.data.parts import Options
+from rae.survival.interrupts import run_interruptibly
 
 SIZE, SHORT, BATCH = 256, 384, 32
 REFERENCE = "ImageFolder + Pillow"
@@ -298,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_interruptibly(main)

@@ -22,6 +22,7 @@ from rae.config.errors import UserError, first_line
 from rae.data.decoding import decode, resize_short_side
 from rae.data.parts import Job, Options, PartWriter, finish, run_parts, stopping
 from rae.data.shards import SUMMARY, Place
+from rae.survival.interrupts import INTERRUPTED, run_interruptibly
 
 COLUMNS = {"image": "bytes", "label": "int", "path": "str"}
 _READ_AHEAD = 16
@@ -247,10 +248,7 @@ def run_command(convert: Callable[[], None]) -> None:
     """Run a conversion command; a user's mistake or a full disk is one line and exit code 2, an interruption 130."""
     torch.set_num_threads(1)  # the worker processes are the threads
     try:
-        convert()
+        run_interruptibly(convert, INTERRUPTED)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where complete shards end", file=sys.stderr)
-        sys.exit(130)

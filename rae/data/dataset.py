@@ -15,7 +15,16 @@ from torch.utils.data import Subset, default_collate, get_worker_info
 
 from rae.config.errors import first_line
 from rae.data.decoding import Transform
-from rae.data.reader import BadSampleError, DataError, ImageStream, Shards, shard_fault, size_fault
+from rae.data.reader import (
+    RESTORE,
+    AbsentError,
+    BadSampleError,
+    DataError,
+    ImageStream,
+    Shards,
+    shard_fault,
+    size_fault,
+)
 from rae.survival.storage import is_remote, reason
 
 
@@ -114,6 +123,8 @@ class ImageDataset(Shards):
                 for info in filter(None, shard.file_pairs[0]):
                     Path(stream.local, stream.split, info.basename).unlink(missing_ok=True)
             self._shard_states[shard_id] = _ShardState.REMOTE
+            if isinstance(error, AbsentError):
+                raise DataError(str(error)) from error
             name, place = shard.file_pairs[0][0].basename, stream.remote or stream.local
             raise DataError(f"shard {name} of {place} cannot be used: {reason(error)}") from error
 
@@ -165,7 +176,10 @@ class ImageDataset(Shards):
         shard_id, place = self.place(sample_id)
         if shard_id not in self._sound:
             self._verify(shard_id)
-        sample = super().get_item(sample_id, retry)
+        try:
+            sample = super().get_item(sample_id, retry)
+        except PermissionError as error:
+            raise DataError(f"{self.files[shard_id]} cannot be read: {error.strerror}") from error
         known = {
             "label": int(sample.get("label", -1)),
             "index": sample_id,
@@ -233,7 +247,7 @@ def _check_present(folder: str, shard: Any) -> None:
     listed = {os.path.join(folder, info.basename): info for info in (shard.raw_data, shard.zip_data) if info}
     present = list(filter(os.path.exists, listed))
     if not present:
-        raise DataError(f"{list(listed)[-1]} is listed in index.json but absent; restore it or convert again")
+        raise DataError(f"{list(listed)[-1]} is listed in index.json but absent; {RESTORE}")
     for file in present:
         if fault := size_fault(file, listed[file]):
             raise DataError(f"{fault}; restore it from a copy or convert again")

@@ -20,6 +20,7 @@ from streaming.base.world import World
 
 from rae.config.errors import RankError
 from rae.survival.processes import one_at_a_time
+from rae.survival.storage import GONE, reason
 
 
 class DataError(RankError):
@@ -29,6 +30,17 @@ class DataError(RankError):
     def line(self) -> str:
         """Its message, also where a worker process has passed it on with its traceback before it."""
         return str(self).strip().splitlines()[-1].rpartition("DataError: ")[-1]
+
+
+class AbsentError(OSError):
+    """A shard that is nowhere. The message names it."""
+
+
+class _GoneError(BaseException):
+    """What Streaming does not take for a reason to try again."""
+
+
+RESTORE = "restore it or convert again"
 
 
 class BadSampleError(RuntimeError):
@@ -88,6 +100,28 @@ class ImageStream(Stream):
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Any]:
         return [Reader.of(shard) for shard in super().get_shards(world, allow_unsafe_types)]
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        """Streaming would try again for minutes, also where there is nothing to download, or nowhere to do it from."""
+        if self.remote is None:
+            raise AbsentError(f"{os.path.join(self.local, self.split, from_basename)} is absent; {RESTORE}")
+        download = self._downloader.download
+
+        def once_if_gone(*args: Any) -> Any:
+            try:
+                return download(*args)
+            except Exception as error:
+                if reason(error) == GONE:
+                    raise _GoneError from error
+                raise
+
+        self._downloader.download = once_if_gone  # type: ignore[method-assign]
+        try:
+            return super()._download_file(from_basename, to_basename)
+        except _GoneError as error:
+            raise AbsentError(f"{self.remote}/{from_basename} is absent; {RESTORE}") from error
+        finally:
+            self._downloader.download = download  # type: ignore[method-assign]
 
 
 @contextmanager

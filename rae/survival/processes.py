@@ -1,13 +1,14 @@
 """Processes that die: those left behind end themselves, and what they held is free for the next start."""
 
 import fcntl
+import hashlib
 import os
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,17 @@ class RunLock:
     cannot write beside its successor.
 
     Args:
-        run_dir: the run's folder.
+        folder: the run's folder, or another that only one run may use.
+        on_machine: the lock is this machine's, and outlives the folder: it may have been wiped while processes die.
     """
 
-    def __init__(self, run_dir: str | Path):
-        self.path = Path(run_dir, ".lock")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("a+")
+    def __init__(self, folder: str | Path, on_machine: bool = False):
+        self.folder, path = Path(folder), Path(folder, ".lock")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if on_machine:
+            name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]
+            path = Path(tempfile.gettempdir(), f"rae-run-{os.getuid()}-{name}.lock")
+        self.file = path.open("a+")
 
     def acquire(self, seconds: float = 60.0) -> None:
         """Wait until no other process of the run is left.
@@ -77,7 +82,7 @@ class RunLock:
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise UserError(
-                        f"run_dir: {self.path.parent} is in use by another run that has not ended; "
+                        f"run_dir: {self.folder} is in use by another run that has not ended; "
                         "wait for it or end it, or give this run a run_name and run_dir of its own"
                     ) from None
                 time.sleep(0.1)
@@ -90,6 +95,11 @@ class RunLock:
             fcntl.flock(self.file, fcntl.LOCK_SH)
         except OSError:
             return
+
+    def release(self) -> None:
+        """Let it go, also for processes that have inherited it."""
+        with suppress(OSError):
+            fcntl.flock(self.file, fcntl.LOCK_UN)
 
 
 _turns: set[str] = set()
@@ -121,7 +131,7 @@ def one_at_a_time(name: str, seconds: float = 60.0) -> Iterator[None]:
 
 
 @contextmanager
-def opening(folders: Iterable[str], fault: str) -> Iterator[None]:
+def opening(folders: Iterable[str], fault: str, caches: Iterable[str] = ()) -> Iterator[None]:
     """Data sets are opened in here, by all ranks together, and by one launch of this machine at a time.
 
     Streaming numbers its shared memory by what it finds: two launches that open at once would take the same number.
@@ -129,6 +139,7 @@ def opening(folders: Iterable[str], fault: str) -> Iterator[None]:
     Args:
         folders: see :func:`remove_dead_segments`.
         fault: what the message begins with when one cannot be opened.
+        caches: those of them that this run alone uses; see :func:`remove_dead_segments`.
 
     Raises:
         UserError: Streaming's errors.
@@ -137,7 +148,7 @@ def opening(folders: Iterable[str], fault: str) -> Iterator[None]:
     try:
         with one_at_a_time("streaming") if first else nullcontext():
             if first:
-                remove_dead_segments(folders)
+                remove_dead_segments(folders, caches)
             barrier()
             with agreeing(of_local_leader):
                 yield
@@ -177,7 +188,7 @@ def of_first_rank(value: Any) -> Any:
     return told[0]
 
 
-def remove_dead_segments(folders: Iterable[str]) -> None:
+def remove_dead_segments(folders: Iterable[str], own: Iterable[str] = ()) -> None:
     """Remove Streaming's shared memory of dead processes that read these folders.
 
     Streaming's own ``clean_stale_shared_memory`` removes other runs' too. Here a segment goes only when it names one
@@ -185,20 +196,30 @@ def remove_dead_segments(folders: Iterable[str]) -> None:
 
     Args:
         folders: local folders of data sets, as given to Streaming.
+        own: those of them in a run's folder, whose locks say that none of the run's other processes lives.
     """
+    ours = _segments_of(own)
+    for number in {*_segments_of(folders), *ours}:
+        # Whoever opens a data set of his own keeps all that he finds mapped.
+        if number in ours or not _is_mapped(f"{_SEGMENTS}/{number}_"):
+            locks = Path(tempfile.gettempdir()).glob(f"{number}_*_filelock")
+            for left in (*_SEGMENTS.glob(f"{number}_*"), *locks):
+                left.unlink(missing_ok=True)
+
+
+def _segments_of(folders: Iterable[str]) -> list[str]:
+    """The numbers of Streaming's shared memory that names one of these folders."""
     from streaming.base.shared.prefix import _unpack_locals
 
-    wanted = {os.path.abspath(folder) for folder in folders}
+    wanted, found = {os.path.abspath(folder) for folder in folders}, []
     for segment in _SEGMENTS.glob("[0-9]*_locals"):  # none where shared memory is not in the file system
-        number = segment.name.split("_")[0]
         try:
             named = {os.path.abspath(folder) for folder in _unpack_locals(segment.read_bytes())[0]}
         except (OSError, ValueError, IndexError):
             continue
-        if named & wanted and not _is_mapped(f"{_SEGMENTS}/{number}_"):
-            locks = Path(tempfile.gettempdir()).glob(f"{number}_*_filelock")
-            for left in (*_SEGMENTS.glob(f"{number}_*"), *locks):
-                left.unlink(missing_ok=True)
+        if named & wanted:
+            found.append(segment.name.split("_")[0])
+    return found
 
 
 def _is_mapped(prefix: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rae.survival.interrupts import heard
 from rae.survival.processes import world_size
 
 FAILED = 1000
@@ -45,6 +46,7 @@ class StopRequest:
         if world_size() > 1:
             self.group = torch.distributed.new_group(backend="gloo")
         self._handle(self._heard)
+        self.signal = self.signal or heard()
 
     def ignore(self) -> None:
         """Let no signal disturb what is done on account of the first."""

@@ -30,6 +30,7 @@ _S3_SETTINGS = [f"AWS_{name}" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY",
 _S3_SETTINGS += ["AWS_DEFAULT_REGION", "S3_ENDPOINT_URL"]
 _DELETABLE = ("s3", "gs")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GONE = "it does not exist"
 _REASONS = {  # what S3's servers and boto3 say -> what that means to the user
     "NoSuchBucket": "there is no such bucket; create it, or mend the name",
     "InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|ExpiredToken|AuthFailure": (
@@ -43,7 +44,7 @@ _REASONS = {  # what S3's servers and boto3 say -> what that means to the user
         "the server does not answer; check S3_ENDPOINT_URL and the network"
     ),
     "Invalid endpoint": "S3_ENDPOINT_URL must be a URL such as http://host:port",
-    "404|Not Found|NoSuchKey|not found": "it does not exist",
+    "404|Not Found|NoSuchKey|not found": GONE,
 }
 
 
