@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
+from torch.distributed.checkpoint import metadata
 
 from rae.algorithms.adversarial import Adversarial
 from rae.config.errors import UserError
-from rae.survival.checkpoints import CONFIG, STATE, fetch, list_checkpoints, rotate, seal
+from rae.survival.checkpoints import CONFIG, STATE, DamagedError, check_metadata, fetch, list_checkpoints, rotate, seal
 from rae.survival.storage import RemoteFolder, reason
 from rae.survival.writing import Writer, _fault
 from rae.training.resume import given, newest
@@ -246,6 +247,25 @@ def test_code_in_a_checkpoint_is_refused(shards, undisturbed, tmp_path, monkeypa
     with pytest.raises(UserError, match="could run code"):
         train_here(settings)
     assert not (tmp_path / "ran").exists()
+
+
+class _Getattr:
+    """Pickled as Python up to 3.11.3 pickles a member of an Enum."""
+
+    def __init__(self, owner, name):
+        self.parts = owner, name
+
+    def __reduce__(self):
+        return getattr, self.parts
+
+
+def test_metadata_may_name_members_of_enums_and_nothing_else_by_getattr(tmp_path):
+    encoding = metadata._MEM_FORMAT_ENCODING
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Getattr(encoding, "TORCH_CONTIGUOUS_FORMAT")))
+    assert check_metadata(tmp_path) is encoding.TORCH_CONTIGUOUS_FORMAT
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Getattr(metadata.Metadata, "__init__")))
+    with pytest.raises(DamagedError, match="could run code"):
+        check_metadata(tmp_path)
 
 
 def test_a_truncated_file_to_start_from_is_named(undisturbed, tmp_path):

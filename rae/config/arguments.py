@@ -168,11 +168,19 @@ def check_plugin(kind: str, entry: Any, where: str) -> dict[str, dict[str, Any]]
     return {name: dict(arguments or {})}
 
 
+def parts_of(entry: Any) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of a plugin's entry, which may be its name alone."""
+    if isinstance(entry, str):
+        return entry, {}
+    ((name, arguments),) = entry.items()
+    return name, arguments or {}
+
+
 def plugin_text(entry: Any) -> str:
     """``{dinov2: {input_size: 224}}`` -> ``dinov2 (input_size 224)``."""
-    if isinstance(entry, str) or not entry:
+    if not entry:
         return str(entry)
-    ((name, arguments),) = entry.items()
+    name, arguments = parts_of(entry)
     return f"{name} ({', '.join(f'{key} {value}' for key, value in arguments.items())})" if arguments else name
 
 

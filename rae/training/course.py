@@ -10,6 +10,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from rae.autoencoder.decoder import SIZES
+from rae.config.arguments import parts_of
 from rae.config.errors import UserError
 from rae.config.registry import find
 from rae.config.sections import Config
@@ -194,13 +195,6 @@ def _below(tree: Any, key: str) -> Any:
     return tree
 
 
-def _entry(entry: Any) -> tuple[str, dict[str, Any]]:
-    if isinstance(entry, str):
-        return entry, {}
-    ((name, arguments),) = entry.items()
-    return name, arguments or {}
-
-
 def _plugin(kind: str, default: str = "", weights: str = "", alone: bool = False) -> Callable[[Any], dict[str, Any]]:
     """What a plugin is: its name and arguments, of those that say where weights lie a hub's name alone.
 
@@ -213,7 +207,7 @@ def _plugin(kind: str, default: str = "", weights: str = "", alone: bool = False
     def essence(entry: Any) -> dict[str, Any]:
         if not (entry or default):
             return {}
-        name, arguments = _entry(entry or default)
+        name, arguments = parts_of(entry or default)
         target = find(kind, name, kind)
         named = {kind: getattr(target, "__name__", name)}
         if alone:

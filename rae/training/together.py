@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from rae.autoencoder.decoder import SIZES
+from rae.config.arguments import parts_of
 from rae.config.errors import UserError
 from rae.config.registry import find
 from rae.config.sections import Config, Model
@@ -51,13 +52,6 @@ def _check_sizes(model: Model, image_size: int) -> None:
         raise UserError(f"model.decoder.embed_dim: {width} is not a multiple of 4, which sin-cos positions need")
 
 
-def _entry(entry: Any) -> tuple[str, dict[str, Any]]:
-    if isinstance(entry, str):
-        return entry, {}
-    ((name, arguments),) = entry.items()
-    return name, arguments or {}
-
-
 def _held(kind: str, name: str, arguments: dict[str, Any], key: str) -> Any:
     """The value of a plugin's argument, given or by default; None if it has no such argument."""
     parameter = inspect.signature(find(kind, name, kind)).parameters.get(key)
@@ -66,13 +60,13 @@ def _held(kind: str, name: str, arguments: dict[str, Any], key: str) -> Any:
 
 
 def _check_rates(where: str, optimizer: Any, place: str, schedule: Any) -> None:
-    name, arguments = _entry(optimizer)
+    name, arguments = parts_of(optimizer)
     rate = _held("optimizer", name, arguments, "lr")
     if isinstance(rate, int | float) and rate == 0:
         _say(f"{where}.{name}.lr: 0 trains nothing")
     if schedule is None:
         return
-    name, arguments = _entry(schedule)
+    name, arguments = parts_of(schedule)
     final = _held("schedule", name, arguments, "final_lr")
     if isinstance(rate, int | float) and isinstance(final, int | float) and final > rate > 0:
         _say(f"{place}.{name}.final_lr: {final:g} is above the rate that it ends, {where}'s {rate:g}: the rate goes up")
