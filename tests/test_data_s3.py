@@ -8,6 +8,7 @@ import pytest
 from rae.data.dataset import open_dataset
 from rae.data.decoding import train_transform
 from rae.data.loaders import train_loader
+from rae.data.reader import DataError
 from tests.conftest import write_images
 from tests.s3 import BUCKET
 from tests.test_convert import FOLDER, VERIFY, convert
@@ -88,3 +89,17 @@ def test_verify_finds_damage_in_the_bucket(converted, client):
         f"{url}/shard.00003.mds is listed in index.json but absent",
     ]
     assert "there is no s3://images/nothing/index.json" in convert(VERIFY, "s3://images/nothing", check=False).stderr
+
+
+def test_a_shard_that_is_gone_from_the_bucket_is_named_at_once(converted, client, tmp_path, monkeypatch):
+    _, url = converted
+    key = "shards/shard.00000.mds"
+    content = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    monkeypatch.setattr("streaming.base.util.sleep", lambda seconds: pytest.fail("it is tried again"))
+    client.delete_object(Bucket=BUCKET, Key=key)
+    try:
+        dataset = open_dataset(url, tmp_path / "cache", transform=train_transform(64, 72, False), seed=0)
+        with pytest.raises(DataError, match=rf"^{url}/shard\.00000\.mds is absent; restore it or convert again$"):
+            dataset[0]
+    finally:
+        client.put_object(Bucket=BUCKET, Key=key, Body=content)
