@@ -4,6 +4,7 @@ import logging
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,9 +152,14 @@ def read_decoder(file: Path, where: str, weights: str = "ema") -> dict[str, Tens
     Raises:
         UserError: it holds none, or not a whole one.
     """
-    found = find_decoder(read_file(file), weights)
+    return decoder_in(read_file(file), where, weights)
+
+
+def decoder_in(content: Any, where: str, weights: str = "ema") -> dict[str, Tensor]:
+    """As :func:`read_decoder`, of what has been read of a file."""
+    found = find_decoder(content, weights)
     if found is None:
-        raise UserError(f"{where}: there is no decoder in it; python -m rae inspect {file} tells what it holds")
+        raise UserError(f"{where}: there is no decoder in it; python -m rae inspect tells what it holds")
     if found.inside and found.averaged != (weights == "ema"):
         kind = "an average" if found.averaged else "no average"
         _say(f"{where}: what it holds is {kind}, {found.inside!r}, which is taken")

@@ -47,11 +47,12 @@ NEEDED = {"cometml": "comet_ml", "mlflow": "mlflow", "neptune": "neptune", "slac
 """Logger -> the package that it writes with, which is not among ours."""
 
 _Unit = Literal["seconds", "minutes", "hours", "days"]
-_ANNEALED: dict[str, Any] = {"alpha": NotNegative, "alpha_i": NotNegative, "alpha_f": NotNegative, "power": Positive}
-_STEPPED: dict[str, Any] = {"gamma": Positive, "t_mult": Positive}
+_OF_SCHEDULES: dict[str, Any] = {
+    **dict.fromkeys(("alpha", "alpha_i", "alpha_f"), NotNegative),
+    **dict.fromkeys(("power", "gamma", "t_mult"), Positive),
+}
 VALUES: dict[str, dict[str, Any]] = {
     "GradientClipping": {"clipping_type": Literal["norm", "value", "adaptive"], "clipping_threshold": Threshold},
-    "ActivationMonitor": {"only_log_wandb": bool},
     "EarlyStopper": {"min_delta": NotNegative},
     "ThresholdStopper": {"threshold": Finite},
     "MemoryMonitor": {"dist_aggregate_batch_interval": Count | None},
@@ -79,8 +80,8 @@ def hint_of(target: Any, name: str, hint: Any) -> Any:
     if name in VALUES.get(target.__name__, {}):
         return VALUES[target.__name__][name]
     schedule = module.startswith("composer.optim")
-    if schedule and name in _ANNEALED | _STEPPED:
-        return (_ANNEALED | _STEPPED)[name]
+    if schedule and name in _OF_SCHEDULES:
+        return _OF_SCHEDULES[name]
     if "composer.core.time.Time" not in str(hint):
         return hint
     if "list" in str(hint).lower():

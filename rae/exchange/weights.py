@@ -1,5 +1,7 @@
 """The trained weights of whatever holds some, for a run to begin with: no network is built, no encoder is needed."""
 
+import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rae.autoencoder.backbones import check_tensors, read_file
-from rae.autoencoder.decoder import decoder_file, load_decoder, read_decoder
+from rae.autoencoder.decoder import decoder_file, decoder_in, load_decoder, read_decoder
 from rae.autoencoder.rae import RAE
 from rae.config.errors import UserError
 from rae.config.loading import load_config
@@ -83,11 +85,13 @@ class _WeightsOpener(Opener):
 
     def file(self, source: str) -> Weights:
         local = local_file(source, self.scratch)
-        if source.endswith(".pt") and (content := _composer_state(local, source)):
+        content = _content(local, source)
+        state = content.get("state") if isinstance(content, dict) else None
+        if isinstance(state, dict) and isinstance(state.get("model"), dict):  # which Composer wrote
             beside = (local.parent / checkpoints.CONFIG, local.parent.parent / checkpoints.CONFIG)
             configuration = next((file for file in beside if file.is_file()), None)
-            return self._of_state(content, load_config(str(configuration)) if configuration else None, source)
-        return _of_decoder(read_decoder(local, source, self.weights), source)
+            return self._of_state(state, load_config(str(configuration)) if configuration else None, source)
+        return _of_decoder(decoder_in(content, source, self.weights), source)
 
     def yaml(self, source: str) -> Weights:
         config = load_config(source)
@@ -122,14 +126,12 @@ def _without_statistics(tensors: dict[str, Tensor]) -> bool:
     return any(tensor is not None for tensor in taken)
 
 
-def _composer_state(file: Path, source: str) -> dict[str, Any] | None:
-    """What a file that Composer wrote holds under ``state``; None if it is another's."""
-    try:
-        content = load_file(file, source)
-    except UserError:
-        return None  # what is wrong with it is said by whoever takes it for weights
-    state = content.get("state") if isinstance(content, dict) else None
-    return state if isinstance(state, dict) and isinstance(state.get("model"), dict) else None
+def _content(file: Path, source: str) -> Any:
+    """What a file holds: as a run's checkpoint is read, if it can be, or as weights are."""
+    if zipfile.is_zipfile(file):
+        with suppress(UserError):
+            return load_file(file, source)
+    return read_file(file)
 
 
 def _of_decoder(state: dict[str, Tensor], source: str) -> Weights:

@@ -33,7 +33,7 @@ def begin(config: Config, beginning: BeginFrom, model: RunModel, algorithms: lis
     if beginning.discriminator == "kept":
         _keep_discriminator(weights, algorithms)
     if rank() == 0:
-        kinds = {"ema": "the average", "live": "the trained weights, without an average,", "given": "the weights"}
+        kinds = {"ema": "the average", "live": "the live weights", "given": "the weights"}
         log.warning("%s begins with %s of %s", config.run_name, kinds[weights.kind], weights.name)
 
 
@@ -74,7 +74,7 @@ def _check_kind(config: Config, weights: Weights) -> None:
         fault = f"{weights.name} is of {part} {was}, not {wanted}"
         if key == "model.encoder":  # whose latents may still be worth to train on from
             log.warning("%s: %s; its decoder learns other latents from here", key, fault)
-        elif part not in ("trainable_positions",):
+        elif part != "trainable_positions":  # of which load_into says what fits
             raise UserError(f"{key}: {fault}; make them equal")
 
 

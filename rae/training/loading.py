@@ -143,8 +143,8 @@ def loading(config: Config, start: Start, ignored: list[str] | None, expected: A
 
     def check_names(tensors: dict[str, Any]) -> None:
         if ignored is None:  # Composer would load what fits, and train the rest from the beginning
-            held, wanted = ({n: t for n, t in each.items() if n not in expected.configured} for each in (tensors, own))
-            check_tensors(held, wanted, f"checkpoint {checkpoint}: {_OTHER_MODEL}", _REMEDY)
+            found, wanted = ({n: t for n, t in each.items() if n not in expected.configured} for each in (tensors, own))
+            check_tensors(found, wanted, f"checkpoint {checkpoint}: {_OTHER_MODEL}", _REMEDY)
 
     def ignore(state_dict: Any) -> None:
         state = state_dict.get("state") if isinstance(state_dict, dict) else None

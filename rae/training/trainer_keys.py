@@ -1,12 +1,10 @@
 """The keys under ``trainer:``, with the values that work here; Composer's Trainer takes more, and fails late."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from composer import Trainer
 from pydantic import TypeAdapter, ValidationError
 
 from rae.config.errors import UserError
@@ -14,7 +12,7 @@ from rae.config.registry import nearest
 from rae.config.times import LASTING, SPAN, parse_time, read_time
 
 # What build_trainer passes itself: another mechanism of the configuration decides each of these.
-_OURS = (
+OURS = (
     *("model", "train_dataloader", "eval_dataloader", "optimizers", "schedulers", "algorithms", "algorithm_passes"),
     "step_schedulers_every_batch",
     *("callbacks", "loggers", "parallelism_config", "seed", "run_name"),
@@ -23,7 +21,7 @@ _FORMS = (
     *("load_object_store", "load_exclude_algorithms", "save_filename", "save_latest_filename", "save_overwrite"),
     *("save_ignore_keys", "save_weights_only", "save_metrics"),
 )
-_REFUSED = {
+REFUSED = {
     **dict.fromkeys(_FORMS, "not used here, where checkpoints have one form; leave it out"),
     "train_dataloader_label": "figures are named by it; leave it out",
     "scale_schedule_ratio": "schedules say themselves where they end; leave it out",
@@ -125,10 +123,10 @@ def check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
         raise UserError("missing value: trainer.max_duration is required, such as 16ep")
     checked: dict[str, Any] = {}
     for key, value in arguments.items():
-        if key in _OURS:
+        if key in OURS:
             raise UserError(f"trainer.{key}: this is set by the configuration's own sections, not under trainer:")
-        if key in _REFUSED:
-            raise UserError(f"trainer.{key}: {_REFUSED[key]}")
+        if key in REFUSED:
+            raise UserError(f"trainer.{key}: {REFUSED[key]}")
         if key not in VALUES:
             raise UserError(f"unknown key 'trainer.{key}'{nearest(key, VALUES)}")
         if value is None and key in _MAY_BE_NULL:
@@ -141,8 +139,3 @@ def check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
     if checked.get("device") == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.device: this machine has no GPU that torch can use; leave the key out for the CPU")
     return checked
-
-
-def untried() -> set[str]:
-    """Arguments of Composer's Trainer of which this table says nothing: of a newer Composer."""
-    return set(inspect.signature(Trainer).parameters) - {*_OURS, *_REFUSED, *VALUES}
