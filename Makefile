@@ -26,13 +26,13 @@ soak: env
 	@python -m tests.soak
 
 bench: env
-	@python -m rae.bench
+	@python -m rae.plan.bench
 
 demo: env
 	@python -m rae demo
 
 bench-data: env
-	@python -m rae.bench.data
+	@python -m rae.plan.bench.data
 
 env: $(VENV)/.ready
 

@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 
-from rae.bench.__main__ import goals
-from rae.bench.step import Beside, trainer_beside, write_weights
+from rae.plan.bench.__main__ import goals
+from rae.plan.bench.step import Beside, trainer_beside, write_weights
 
 
 @pytest.fixture(scope="module")

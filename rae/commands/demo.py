@@ -15,7 +15,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from rae.bench.photographs import make_image_folder
 from rae.config.errors import UserError
 
 DATA, RUN = Path("data/demo"), Path("runs/demo")
@@ -26,6 +25,8 @@ STOP_AFTER = 70
 
 def prepare_data() -> None:
     """Image folders and shards below ``data/demo``, made anew."""
+    from rae.plan.bench.photographs import make_image_folder
+
     shutil.rmtree(DATA, ignore_errors=True)
     make_image_folder(DATA / "images", train=1024, held_out=96)
     for split in ("train", "eval"):

@@ -96,7 +96,7 @@ def heed_in_launcher() -> None:
     Torch calls this in each process that imports it, as it would load a device's extension (entry points
     ``torch.backends``): before the launcher's own code there is no other place.
     """
-    if sys.argv[:1] and os.path.basename(sys.argv[0]) == "composer":
+    if sys.argv and sys.argv[0] and os.path.basename(sys.argv[0]) == "composer":
         heed_interrupts()
         if _current is not None:
             _current.launches = True

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from rae.bench import costs, scaling, startup, step
-from rae.bench.data import SHORT, make_photographs, write_shards
-from rae.bench.measure import console, show
+from rae.plan.bench import costs, scaling, startup, step
+from rae.plan.bench.data import SHORT, make_photographs, write_shards
+from rae.plan.bench.measure import console, show
 from rae.survival.interrupts import run_interruptibly
 
 SECTIONS = ("step", "limits", "memory", "costs", "startup", "scaling")
@@ -25,7 +25,7 @@ SECTIONS = ("step", "limits", "memory", "costs", "startup", "scaling")
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rae.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m rae.plan.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     gpu = torch.cuda.is_available()
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
@@ -119,7 +119,7 @@ def show_goals(found: dict[str, dict[str, Any]]) -> None:
 
 
 def show_projections(found: dict[str, dict[str, dict[int, float]]]) -> None:
-    """A table of projected efficiencies; the model is :func:`rae.bench.scaling.projected`'s."""
+    """A table of projected efficiencies; the model is :func:`rae.plan.bench.scaling.projected`'s."""
     table = Table(
         "decoder", "images a GPU", "8 GPUs", "64", "512", title="projected efficiency, not measured (DDP, H100)"
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from rae.bench.measure import Seconds
-from rae.bench.step import settings
+from rae.plan.bench.measure import Seconds
+from rae.plan.bench.step import settings
 
 # What a script of one's own would do: the same networks and losses, one step, no Trainer, no data set.
 PLAIN = """

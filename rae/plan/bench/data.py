@@ -1,4 +1,4 @@
-"""Speed, size and memory of data loading and conversion, beside what else is used: ``python -m rae.bench.data``.
+"""Speed, size and memory of data loading and conversion, beside what else is used: ``python -m rae.plan.bench.data``.
 
 Everything reads the same photographs, about 500 × 375 as ImageNet's are. Loading is measured in one process, per second
 of processor time, so that other work on the machine counts little, and the ways of loading take turns, so that a
@@ -31,14 +31,14 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from rae.bench.measure import console
-from rae.bench.photographs import photographs
 from rae.data import conversion
 from rae.data.dataset import open_dataset
 from rae.data.decoding import train_transform
 from rae.data.listing import list_images
 from rae.data.loaders import train_loader
 from rae.data.parts import Options
+from rae.plan.bench.measure import console
+from rae.plan.bench.photographs import photographs
 from rae.survival.interrupts import run_interruptibly
 
 SIZE, SHORT, BATCH = 256, 384, 32
@@ -186,7 +186,7 @@ def _epoch(loader: Iterable[Any]) -> float:
 def peak_memory(way: str, folder: Path) -> float:
     """MB that a process of its own takes at most to load an epoch; its imports are the greater part."""
     code = (  # Linux's own high-water mark: what getrusage says includes the process that started this one
-        "from pathlib import Path; from rae.bench.data import WAYS, _epoch, torch; torch.set_num_threads(1);"
+        "from pathlib import Path; from rae.plan.bench.data import WAYS, _epoch, torch; torch.set_num_threads(1);"
         f"_epoch(WAYS[{way!r}][2](Path({str(folder)!r})));"
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
     )

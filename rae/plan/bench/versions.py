@@ -1,4 +1,4 @@
-"""Two installations side by side: ``python -m rae.bench.versions OLD/bin/python NEW/bin/python``.
+"""Two installations side by side: ``python -m rae.plan.bench.versions OLD/bin/python NEW/bin/python``.
 
 Each runs its own benches, in turns, in processes of their own; what both measured is compared.
 """
@@ -16,12 +16,14 @@ from typing import Any
 
 from rich.table import Table
 
-from rae.bench.measure import console
+from rae.plan.bench.measure import console
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rae.bench.versions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m rae.plan.bench.versions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("old", help="interpreter of one installation")
     parser.add_argument("new", help="of the other")
@@ -42,12 +44,12 @@ def main() -> None:
 
 
 def bench(python: str, sections: list[str]) -> dict[str, Any]:
-    """What one installation's ``python -m rae.bench`` finds, run in its own project folder with its own tools."""
+    """What one installation's ``python -m rae.plan.bench`` finds, run in its own project folder with its own tools."""
     where = [python, "-P", "-c", "import rae; print(rae.__file__)"]
     root = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()).parent.parent
     path = {**os.environ, "PATH": f"{Path(python).parent}:{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory() as out:
-        command = [python, "-m", "rae.bench", "--turns", "2", "--out", out, "--sections", *sections]
+        command = [python, "-m", "rae.plan.bench", "--turns", "2", "--out", out, "--sections", *sections]
         subprocess.run(command, check=True, cwd=root, env=path)
         return json.loads(Path(out, "bench.json").read_text())
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from rae.algorithms.ema import update_ema
 from rae.autoencoder.decoder import SIZES, Decoder
-from rae.bench.measure import Seconds, Summary, console, device, in_turns, show
 from rae.config.loading import load_config
+from rae.plan.bench.measure import Seconds, Summary, console, device, in_turns, show
 from rae.plan.clock import Clock
 from rae.plan.meter import networks_of, tensors_of
 from rae.plan.step import Simulation

@@ -22,13 +22,13 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, Vi
 
 from rae.algorithms.adversarial import Adversarial
 from rae.algorithms.perceptual import Perceptual
-from rae.bench.measure import Seconds, best_rates, device, peak_memory, ratios_of, summary, timed, wait
-from rae.bench.textbook import Bare, Figures, Parts, Textbook
 from rae.callbacks import operations
 from rae.callbacks.begin_step import seed_step
 from rae.config.arguments import build
 from rae.config.registry import register
 from rae.config.sections import Config
+from rae.plan.bench.measure import Seconds, best_rates, device, peak_memory, ratios_of, summary, timed, wait
+from rae.plan.bench.textbook import Bare, Figures, Parts, Textbook
 from rae.training.build import build_model, build_trainer
 from rae.training.checks import check
 
@@ -173,7 +173,7 @@ def memory(folder: Path, batch: int) -> list[dict[str, Any]]:
     Each is measured in a process of its own: what an earlier one freed would serve a later one unseen.
     """
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["rae.bench.step"])
+    processes.set_forkserver_preload(["rae.plan.bench.step"])
     rows = []
     for variant in (
         dict(batch=batch, image_size=256, depth=8),

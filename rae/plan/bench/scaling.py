@@ -23,9 +23,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from rae.autoencoder.decoder import SIZES
-from rae.bench.costs import published
-from rae.bench.step import settings
 from rae.config.registry import register
+from rae.plan.bench.costs import published
+from rae.plan.bench.step import settings
 from rae.plan.gpus import GPUS
 
 LAYOUTS = {"one rank": (1, "ddp"), "two DDP ranks": (2, "ddp"), "two FSDP ranks": (2, "fsdp")}
@@ -85,7 +85,7 @@ def scaling(folder: Path) -> dict[str, dict[str, Any]]:
     for layout, (ranks, parallelism) in LAYOUTS.items():
         wanted = settings(folder, 2 * ranks, 0, image_size=128, depth=4)
         run = folder / layout.replace(" ", "-")
-        wanted |= {"run_dir": str(run), "parallelism": parallelism, "imports": ["rae.bench.scaling"]}
+        wanted |= {"run_dir": str(run), "parallelism": parallelism, "imports": ["rae.plan.bench.scaling"]}
         wanted |= {"callbacks": {"count_communication": {}}, "loggers": {}}
         wanted["trainer"]["max_duration"] = f"{STEPS}ba"
         path = folder / f"{run.name}.yaml"
