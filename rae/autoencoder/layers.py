@@ -103,12 +103,30 @@ def fixed_latent_noise(latent: Tensor, tau: Tensor, index: Tensor, seed: int = 0
         tau: (B,), the noise level of each sample.
         index: (B,), its number in the data set.
     """
-    noise = torch.empty(latent.shape)
-    for row, level, number in zip(noise, tau.tolist(), index.tolist(), strict=True):
-        # A string goes through SHA-512, so that neighbours have unrelated draws.
-        generator = torch.Generator().manual_seed(Random(f"{seed},{number}").getrandbits(63))
-        row.normal_(generator=generator).mul_(level)
-    return latent + noise.to(latent)
+    noise = fixed_noise(latent.shape[1:], seed, index).to(latent)
+    return latent + noise * tau.to(latent).view(-1, *[1] * (latent.ndim - 1))
+
+
+def generator_of(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator that follows from a few numbers alone."""
+    # A string goes through SHA-512, so that neighbours have unrelated draws.
+    return torch.Generator(device).manual_seed(Random(",".join(map(str, key))).getrandbits(63))
+
+
+def fixed_noise(shape: Sequence[int], seed: int, index: Tensor) -> Tensor:
+    """N(0, 1) that follows from (seed, index) alone: the same in every batch, on every rank and kind of device.
+
+    Args:
+        shape: of a sample.
+        index: (B,), its number.
+
+    Returns:
+        (B, …), on the CPU
+    """
+    noise = torch.empty(len(index), *shape)
+    for row, number in zip(noise, index.tolist(), strict=True):
+        row.normal_(generator=generator_of(seed, number))
+    return noise
 
 
 def sincos_positions(dim: int, grid: int, spread: float = 1.0) -> Tensor:

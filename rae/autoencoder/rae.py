@@ -104,11 +104,15 @@ class RAE(nn.Module):
             return latent
         return (latent - self.latent_mean) / torch.sqrt(self.latent_var + 1e-5)
 
+    def plain(self, latent: Tensor) -> Tensor:
+        """A latent without the statistics' normalisation: as the encoder gives it."""
+        if self.latent_mean is None:
+            return latent
+        return latent * torch.sqrt(self.latent_var + 1e-5) + self.latent_mean
+
     def decode_with_hidden(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Latent -> image in fp32, and the input (B, N, D) of the decoder's last layer."""
-        if self.latent_mean is not None:
-            latent = latent * torch.sqrt(self.latent_var + 1e-5) + self.latent_mean
-        image, hidden = self.decoder(latent)
+        image, hidden = self.decoder(self.plain(latent))
         return image.float() * self.image_std + self.image_mean, hidden
 
     def _checked_image(self, image: Tensor) -> Tensor:

@@ -23,13 +23,18 @@ from rae.config.errors import UserError
 # Where the plugins of each kind live: imported when a name of that kind is first looked up, because
 # importing Composer or transformers takes seconds that a rejected configuration should not cost.
 _HOMES = {
-    "model": ["rae.autoencoder.model"],
+    "model": ["rae.autoencoder.model", "rae.diffusion.model"],
     "encoder": ["rae.autoencoder.encoders"],
     "discriminator": ["rae.autoencoder.discriminator"],
     "pixel_loss": ["rae.autoencoder.losses"],
+    "network": ["rae.diffusion.networks"],
+    "flow": ["rae.diffusion.flow"],
+    "times": ["rae.diffusion.flow"],
+    "sampler": ["rae.diffusion.samplers"],
+    "guidance": ["rae.diffusion.guidance"],
     "optimizer": ["rae.training.optimizers"],
     "schedule": ["rae.training.optimizers"],
-    "metric": ["rae.evaluation.metrics", "rae.evaluation.frechet"],
+    "metric": ["rae.evaluation.metrics", "rae.evaluation.frechet", "rae.evaluation.generation"],
     "algorithm": ["rae.algorithms"],
     "callback": ["rae.callbacks"],
     "logger": ["rae.callbacks"],
@@ -48,8 +53,8 @@ def register(kind: str, *names: str, context: tuple[str, ...] = ()) -> Callable[
     """Class or function decorator: make a plugin available under ``names`` (the first is its own name).
 
     Args:
-        kind: one of ``model, encoder, discriminator, pixel_loss, optimizer, schedule, metric, algorithm, callback,
-            logger``.
+        kind: one of ``model, encoder, discriminator, pixel_loss, network, flow, times, sampler, guidance, optimizer,
+            schedule, metric, algorithm, callback, logger``.
         names: the name used in YAML, then any aliases.
         context: parameters that the framework supplies and YAML must not (an optimizer's ``params``).
 
