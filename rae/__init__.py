@@ -18,13 +18,14 @@ APART = ("mosaicml==0.32.1", "mosaicml-cli==0.7.5", "mosaicml-streaming==0.13.0"
 """What is installed without its dependencies; see pyproject.toml."""
 
 _PUBLIC = {
-    "load": "rae.exchange.exports",
+    "load": "rae.exchange.sources",
     "register": "rae.config.registry",
     "TimeString": "rae.config.times",
     "Encoder": "rae.autoencoder.encoders",
     "LossTerm": "rae.algorithms",
     "PerImage": "rae.evaluation.metrics",
     "RunModel": "rae.model",
+    "Generator": "rae.diffusion.generator",
     "RAE": "rae.autoencoder.rae",
     "Decoder": "rae.autoencoder.decoder",
     "load_published": "rae.autoencoder.decoder",

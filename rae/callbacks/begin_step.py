@@ -51,4 +51,5 @@ class BeginStep(Callback):
     def batch_start(self, state: State, logger: Logger) -> None:
         self.begun = int(state.timestamp.batch)
         seed_step(self.seed, self.begun, dist.get_global_rank())
+        unwrapped(state).begin_step(self.seed, self.begun)
         logger.log_metrics({f"lr/{unwrapped(state).trains}": state.optimizers[0].param_groups[0]["lr"]})

@@ -16,6 +16,7 @@ from torchvision.utils import make_grid, save_image
 
 from rae.algorithms.base import unwrapped
 from rae.algorithms.ema import EMA
+from rae.config.errors import UserError
 from rae.config.registry import register
 from rae.config.times import Interval
 from rae.config.values import Count, NotNegative
@@ -45,6 +46,8 @@ def labelled_rows(rows: dict[str, Tensor]) -> Tensor:
 class Pictures(Callback):
     """Save a picture of the first evaluation images and their reconstructions, and send it to the loggers.
 
+    A generator's are of as many of its classes as there is room for, from noise that is the same in every picture.
+
     Rows: what the model gives without its weights (an autoencoder ``original``); ``live``, by the weights as they are;
     ``ema``, by their average, when ``ema`` is on; and ``noised``, from latents with noise that is the same in every
     picture, by the weights that evaluation uses.
@@ -66,15 +69,19 @@ class Pictures(Callback):
         count: Count = 8,
         noise_tau: NotNegative | None = None,
     ):
-        if eval_images is None:
-            raise ValueError("pictures are made of evaluation images: set data.eval.path")
         self.folder = Path(run_dir) / "pictures"
         self.eval_images, self.count, self.noise_tau = eval_images, count, noise_tau
         self.batch: dict[str, Tensor] = {}
         self.drawn_at = -1
         self.due = create_interval_scheduler(interval, checkpoint_events=False, include_end_of_training=False)
 
+    def init(self, state: State, logger: Logger) -> None:
+        if self.eval_images is None and unwrapped(state).picture_batch(1) is None:
+            raise UserError("callbacks.pictures: pictures are made of evaluation images: set data.eval.path")
+
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.INIT:
+            self.init(state, logger)
         due = event in (Event.BATCH_END, Event.EPOCH_END) and self.due(state, event)
         if (due or event == Event.FIT_END) and self.drawn_at != int(state.timestamp.batch):
             self.drawn_at = int(state.timestamp.batch)
@@ -83,10 +90,8 @@ class Pictures(Callback):
     def _draw(self, state: State, logger: Logger) -> None:
         """A collective call: under FSDP every rank makes every reconstruction."""
         if not self.batch:
-            total = len(self.eval_images)  # type: ignore[arg-type]
-            picked = [self.eval_images[i] for i in range(min(self.count, total))]
-            batch = {key: torch.stack([torch.as_tensor(each[key]) for each in picked]) for key in ("image", "label")}
-            self.batch = state.device.batch_to_device({**batch, "index": torch.arange(len(picked))})
+            made = unwrapped(state).picture_batch(self.count)
+            self.batch = state.device.batch_to_device(made if made is not None else self._first_images())
         was_training = state.model.training
         state.model.eval()
         with torch.no_grad(), get_precision_context(state.precision):
@@ -98,6 +103,12 @@ class Pictures(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         save_image(picture, self.folder / f"ba{int(state.timestamp.batch):07d}.png")
         logger.log_images(picture, name="pictures/reconstructions", channels_last=False, use_table=False)
+
+    def _first_images(self) -> dict[str, Tensor]:
+        total = len(self.eval_images)  # type: ignore[arg-type]
+        picked = [self.eval_images[i] for i in range(min(self.count, total))]  # type: ignore[index]
+        batch = {key: torch.stack([torch.as_tensor(each[key]) for each in picked]) for key in ("image", "label")}
+        return {**batch, "index": torch.arange(len(picked))}
 
     def _drawn(self, state: State) -> Iterator[tuple[str, Tensor]]:
         model, batch = unwrapped(state), self.batch

@@ -53,6 +53,8 @@ class TrainData(Section):
     shuffle: bool = True
     flip: bool = False
     """Random horizontal flips (the published recipe has none)."""
+    crop: Literal["random", "center"] = "random"
+    """``center`` crops as evaluation does (ADM): what generators are trained on."""
     resize: PositiveInt | None = None
     """Short side before the random crop; by default int(1.5 · image_size)."""
 

@@ -81,10 +81,19 @@ def train_transform(size: int, resize_to: int | None = None, flip: bool = False)
             image = resize_short_side(image, short)
         _, height, width = image.shape
         top, left = rng.randrange(height - size + 1), rng.randrange(width - size + 1)
-        image = image[:, top : top + size, left : left + size]
-        return image.flip(2) if flip and rng.randrange(2) else image
+        return image[:, top : top + size, left : left + size]
 
-    return transform
+    return flipping(transform) if flip else transform
+
+
+def flipping(transform: Transform) -> Transform:
+    """The transform, and after it a horizontal flip of every other image at random."""
+
+    def flipped(data: Data, rng: Random) -> Tensor:
+        image = transform(data, rng)
+        return image.flip(2) if rng.randrange(2) else image
+
+    return flipped
 
 
 def resize_short_side(image: Tensor, short: int) -> Tensor:

@@ -53,6 +53,29 @@ def open_source(
     return opened
 
 
+def load(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    overrides: Iterable[str] = (),
+    revision: str | None = None,
+    imports: bool = False,
+    weights: str = "ema",
+) -> Any:
+    """A model in eval mode: an :class:`rae.autoencoder.rae.RAE`, a :class:`rae.diffusion.generator.Generator`, or what
+    another kind of model exports.
+
+    Args:
+        source, weights: see :func:`open_source`.
+        device, overrides, revision, imports: see :func:`rae.exchange.exports.load`; a revision is of an export.
+
+    Raises:
+        UserError: see :func:`open_source`.
+    """
+    if revision is not None:
+        return exports.load(source, device, overrides, revision, imports)
+    return open_source(str(source), weights, device, overrides, imports).network
+
+
 def open_discriminator(source: Source, device: str | torch.device = "cpu") -> nn.Module | None:
     """The discriminator of a source's checkpoint, in eval mode: image in [0, 1] -> logits. None if it has none.
 
@@ -197,7 +220,10 @@ class Opener:
         exports.import_needed(about, source, self.imports)
         network = explained(source, lambda: exports.build_exported(local, about, source))
         known = {key: getattr(about, key) for key in ("name", "weights", "model", "imports", "trained", "figures")}
-        return Source(network, about.image_size, config=_run_config(local), **known)
+        inside = None
+        if exports.includes_autoencoder(about.model):
+            inside = exports.read_exported(local / places.AUTOENCODER, f"{source}/{places.AUTOENCODER}")
+        return Source(network, about.image_size, config=_run_config(local), inside=inside, **known)
 
     def diffusers(self, local: Path, source: str) -> Any:
         """A diffusers folder, on this disk."""

@@ -26,13 +26,13 @@ from rae.config.errors import UserError
 from rae.config.loading import save_config
 from rae.config.sections import Config, Model
 from rae.data.loaders import Ledger
-from rae.evaluation.metrics import build_metrics, verdict, within
+from rae.evaluation.metrics import PerImage, build_metrics, verdict, within
 from rae.model import RunModel
 from rae.survival.checkpoints import RECORD
 from rae.survival.processes import rank
 from rae.training.beginning import begin, freeze
 from rae.training.compilation import check_compiler, compile_networks
-from rae.training.data import build_train_loader, evaluators, open_eval, record_of, refer_all
+from rae.training.data import build_train_loader, evaluators, fit_data, open_eval, record_of, refer_all
 from rae.training.loading import Start, explained, find_start, go_on, loading
 from rae.training.parallelism import average_gradients, parallelism
 from rae.training.saving import build_checkpointer
@@ -49,6 +49,9 @@ def build_model(config: Config) -> Any:
         raise UserError(f"model.{next(iter(entry))}: it makes a {type(model).__name__}, which is no rae.RunModel")
     freeze(model, config.freeze)
     model.eval_metrics = build_metrics(config.metrics, config.data.image_size)
+    for name, metric in model.eval_metrics.items():
+        if isinstance(metric, PerImage) and not model.reconstructs:
+            raise UserError(f"metrics.{name}: it compares images with reconstructions, and a generator makes none")
     return model
 
 
@@ -69,8 +72,7 @@ def build_trainer(config: Config) -> Trainer:
     ledger = Ledger(config.data.max_bad_samples, list(config.data.train.streams))
     loader = build_train_loader(config, ledger)
     record = record_of(config, loader)
-    reproducibility.seed_all(config.seed)  # every rank starts from the same weights
-    model = device.module_to_device(build_model(config))
+    model = _model_for(config, device, loader, start)
     optimizer = _optimizer(config, model)
     steps = min(len(loader), max(arguments.get("train_subset_num_batches", -1), 0) or len(loader))  # an epoch's
     schedule = _schedule(config, optimizer, steps)
@@ -112,6 +114,14 @@ def build_trainer(config: Config) -> Trainer:
     average_gradients(model)
     refer_all(config, trainer)
     return trainer
+
+
+def _model_for(config: Config, device: Device, loader: Any, start: Start) -> Any:
+    """The model on its device, which can be trained on these data."""
+    reproducibility.seed_all(config.seed)  # every rank starts from the same weights
+    model = device.module_to_device(build_model(config))
+    fit_data(model, loader, begins=start.checkpoint is None)
+    return model
 
 
 def _note(checkpointer: Checkpointer | None, record: dict[str, Any]) -> None:

@@ -31,6 +31,8 @@ def check_data(config: Config) -> None:
             raise UserError(f"data.{key}: {size} cannot be shared equally by {ranks} ranks")
     if data.train.resize is not None and data.train.resize < data.image_size:
         raise UserError(f"data.train.resize: {data.train.resize} is smaller than data.image_size, {data.image_size}")
+    if data.train.resize is not None and data.train.crop == "center":
+        raise UserError("data.train.resize: it is for random crops; leave it out with crop: center")
     if bool(data.train.path) == bool(data.train.streams):
         raise UserError("data.train: give either path or streams")
     if data.eval is None and (config.metrics or data.evals):

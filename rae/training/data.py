@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,14 +12,17 @@ from composer import Evaluator, Trainer
 
 from rae.algorithms.ema import LIVE_SUFFIX
 from rae.config.errors import UserError
-from rae.config.sections import Config
-from rae.data.dataset import ImageDataset, open_stream
-from rae.data.decoding import eval_transform, train_transform
+from rae.config.sections import Config, TrainData
+from rae.data.dataset import ImageDataset, indexed, open_stream
+from rae.data.decoding import Transform, eval_transform, flipping, train_transform
 from rae.data.loaders import Ledger, eval_loader, train_loader
 from rae.data.shards import content_hash
 from rae.evaluation.frechet import Reference, refer
+from rae.model import RunModel
 from rae.survival.processes import opening, rank, world_size
 from rae.survival.storage import RemoteFolder
+
+log = logging.getLogger(__name__)
 
 
 def _open(config: Config, sources: Mapping[str, Any], **arguments: Any) -> ImageDataset:
@@ -46,19 +50,43 @@ def build_train_loader(config: Config, ledger: Ledger) -> Any:
     dataset = _open(
         config,
         data.training,
-        transform=train_transform(data.image_size, source.resize, source.flip),
+        transform=_train_transform(source, data.image_size),
         shuffle=source.shuffle,
         batch_size=batch_size,
         num_canonical_nodes=data.num_canonical_nodes,
     )
-    if any("image" not in shard.column_names for shard in dataset.shards):
-        raise UserError(
-            "data.train: it holds latents without images; convert/latents_to_mds.py stores both --with-images"
-        )
     loader = train_loader(dataset, batch_size, data.workers, data.prefetch, ledger)
     if len(loader) == 0:
         raise UserError(f"data.train: {dataset.size} images are fewer than one batch of {data.batch_size}")
     return loader
+
+
+def _train_transform(source: TrainData, image_size: int) -> Transform:
+    if source.crop == "random":
+        return train_transform(image_size, source.resize, source.flip)
+    return flipping(eval_transform(image_size)) if source.flip else eval_transform(image_size)
+
+
+def fit_data(model: RunModel, loader: Any, begins: bool) -> None:
+    """Check that a model can be trained on these data, and say how they fit.
+
+    Args:
+        begins: whether this is the run's begin, at which a few samples are looked at.
+
+    Raises:
+        UserError: it cannot.
+    """
+    dataset = loader.dataset
+    if model.needs_images and any("image" not in shard.column_names for shard in dataset.shards):
+        raise UserError(
+            "data.train: it holds latents without images; convert/latents_to_mds.py stores both --with-images"
+        )
+    if begins:
+        batcher, dataset.batcher = dataset.batcher, None  # which belongs to the loader
+        said = model.check_data(indexed(dataset))
+        dataset.batcher = batcher
+        if said and rank() == 0:
+            log.warning("%s", said)
 
 
 _ORDERING = (
