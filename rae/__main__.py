@@ -17,6 +17,7 @@ COMMANDS = {  # name, which is its module's in rae/commands -> what it does
     "inspect": "what a run, checkpoint, export or data set holds, and whether it is whole",
     "plan": "what a run will take: operations, memory, time, bytes; before anything is spent",
     "reconstruct": "reconstruct images: pictures, figures of each, a page to look through them",
+    "sample": "sample images from a generator: pictures, a grid, a page by class",
     "stats": "the mean and variance of a data set's latents",
 }
 

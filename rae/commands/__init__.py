@@ -1,4 +1,4 @@
 """`python -m rae COMMAND`, a file each: parsing and printing; the demo.
 
-May import: config, survival, autoencoder, data, exchange, evaluation, plan, bench; most of it when they run.
+May import: config, survival, autoencoder, diffusion, data, exchange, evaluation, plan; most of it when they run.
 """

@@ -26,6 +26,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from rae.commands.options import add_source_arguments, check_counts, loading_workers, pick_device
+from rae.commands.sample import add_sampling_arguments
 from rae.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="the first N images only")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load (default: 8, or one a core)")
+    parser.add_argument("--num", type=int, default=1000, metavar="N", help="images a generator samples (default: 1000)")
+    parser.add_argument("--reference", metavar="IMAGES", help="real images: shards, a folder, ADM's npz")
+    parser.add_argument("--keep", metavar="FOLDER", help="keep a generator's samples there; an interrupted one goes on")
+    parser.add_argument("--latents", metavar="FOLDER", help="generated latents, for each autoencoder to decode")
+    add_sampling_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures here too; local or s3://…")
     add_source_arguments(parser)
 
@@ -73,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     import math
 
-    check_counts(arguments, "limit", "batch_size")
+    check_counts(arguments, "limit", "batch_size", "num", "steps")
     for tau in arguments.tau:
         if not 0 <= tau < math.inf:
             raise UserError(f"--tau {tau:g}: a noise level is 0 or more")
@@ -85,12 +91,19 @@ def _evaluate(arguments: argparse.Namespace, device: Any) -> "tuple[list[Evaluat
     import sys
 
     from rae.data.images import open_images
+    from rae.diffusion.generator import Generator
     from rae.evaluation.comparison import choose_metrics, data_of, evaluate_source
+    from rae.evaluation.generation import open_samples
     from rae.exchange.sources import open_source
     from rae.survival.processes import rank
 
     options = (arguments.weights, "cpu", arguments.overrides, arguments.imports)
-    opened = [open_source(name, *options) for name in arguments.sources]
+    made = [open_samples(name, arguments.limit) for name in arguments.sources]
+    opened = [open_source(name, *options) for name, each in zip(arguments.sources, made, strict=True) if not each]
+    if any(made) or any(isinstance(source.network, Generator) for source in opened):
+        from rae.commands.judging import judge
+
+        return judge(arguments, made, opened, device)
     if any(arguments.tau):
         _ = [source.rae for source in opened]  # refuses another kind of model: noise is for an autoencoder's latents
     configs = [source.config for source in opened]
@@ -106,6 +119,10 @@ def _evaluate(arguments: argparse.Namespace, device: Any) -> "tuple[list[Evaluat
         result = evaluate_source(source, name, images, data, *work, device, known)
         results.append(result)
         said += result.said
+    if arguments.latents:
+        from rae.commands.judging import judge_decoders
+
+        said += judge_decoders(arguments, opened, results, device)
     if rank() == 0:
         for line in dict.fromkeys(said):
             print(line, file=sys.stderr)

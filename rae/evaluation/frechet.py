@@ -1,5 +1,6 @@
 """Fréchet distances (arXiv 1706.08500), with the originals' moments kept from one evaluation to the next."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -73,6 +74,12 @@ def _read_moments(path: Path) -> dict[str, Tensor] | None:
     return moments if moments.keys() == {"sum", "outer", "count"} else None
 
 
+def note_update(metric: Any) -> None:
+    """Do what torchmetrics does around ``update``, for a metric that is updated by another method."""
+    metric._update_count += 1
+    metric._computed = None
+
+
 class FrechetDistance(FrechetInceptionDistance):
     """Fréchet distance (arXiv 1706.08500) between images and reconstructions, kept as moments.
 
@@ -92,13 +99,24 @@ class FrechetDistance(FrechetInceptionDistance):
         frozen = Shared(features)
         frozen.num_features = num_features  # type: ignore[assignment]
         super().__init__(feature=frozen)
-        self.name = name
+        self.name, self.num_features = name, num_features
         self.reference: Reference | None = None
 
     def update(self, recon: Tensor, image: Tensor) -> None:  # type: ignore[override]
         if self.reference is None or self.reference.wants(self):
-            super().update(image, real=True)
-        super().update(recon, real=False)
+            self.see(image, real=True)
+        self.see(recon, real=False)
+
+    def see(self, image: Tensor, real: bool) -> None:
+        """Images (B, 3, H, W) in [0, 1], real or generated."""
+        super().update(image, real=real)
+        note_update(self)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean features (D,) of generated images and of real ones."""
+        known = self.reference.moments if self.reference is not None else None
+        real, fake = known or self._moments("real"), self._moments("fake")
+        return fake["sum"] / fake["count"], real["sum"].to(fake["sum"].device) / int(real["count"])
 
     def compute(self) -> Tensor:
         """The distance, in double precision; NaN if a feature is.
@@ -206,23 +224,35 @@ def frechet_distance(mean: Tensor, cov: Tensor, other_mean: Tensor, other_cov: T
 
 
 class _Inception(nn.Module):
+    """Inception's pooled features and its logits, of images that it has just seen computed once for all who ask."""
+
     def __init__(self, weights: str | None):
         super().__init__()
         # Not torchmetrics' form of it, which from 1.9 on resizes with antialiasing: other figures than the published.
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
+        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
+        self.seen: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def both(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, 2048) and logits (B, 1008)."""
+        if self.seen is None or self.seen[0] is not image:
+            self.seen = (image, self.network((image * 255).round().to(torch.uint8)))
+        return self.seen[1]
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.network((image * 255).round().to(torch.uint8))[0]
+        return self.both(image)[0]
 
 
-@register("metric", "rfid")
-def rfid(weights: str | None = None) -> Metric:
-    """Reconstruction FID: torch-fidelity's Inception, 2048 features, against the evaluated images themselves.
+def inception(weights: str | None, where: str) -> _Inception:
+    """torch-fidelity's Inception; one for all who ask for the same weights.
 
     Args:
-        weights: torch-fidelity's Inception file; None downloads it.
+        weights: torch-fidelity's file; None downloads it.
+        where: what asks, for messages.
+
+    Raises:
+        UserError: weights that cannot be had, or are of another network.
     """
     from urllib.error import URLError
 
@@ -232,17 +262,33 @@ def rfid(weights: str | None = None) -> Metric:
     if path:
         read_state_dict(path)  # torch-fidelity would run code that a file holds; this refuses such a file
     try:
-        return FrechetDistance(_Inception(str(path) if path else None), 2048, "inception-v3-compat 2048")
+        return _inception(str(path) if path else None)
     except RuntimeError as error:
-        raise UserError(f"rfid: the tensors in {weights} are not those of torch-fidelity's Inception") from error
+        raise UserError(f"{where}: the tensors in {weights} are not those of torch-fidelity's Inception") from error
     except URLError as error:
         raise UserError(
-            f"rfid: cannot download the Inception weights ({error.reason}); fetch {URL_INCEPTION_V3} elsewhere and "
+            f"{where}: cannot download the Inception weights ({error.reason}); fetch {URL_INCEPTION_V3} elsewhere and "
             "give its path as `weights`"
         ) from error
 
 
-class _Pooled(nn.Module):
+_inception = functools.lru_cache(maxsize=1)(_Inception)
+
+
+@register("metric", "rfid", "gfid")
+def rfid(weights: str | None = None) -> Metric:
+    """FID: torch-fidelity's Inception, 2048 features; of reconstructions against the evaluated images themselves
+    (rFID), of generated images against a reference (gFID).
+
+    Args:
+        weights: torch-fidelity's Inception file; None downloads it.
+    """
+    return FrechetDistance(inception(weights, "rfid"), 2048, "inception-v3-compat 2048")
+
+
+class Pooled(nn.Module):
+    """The mean over places of a level's features (B, C)."""
+
     def __init__(self, features: TimmFeatures):
         super().__init__()
         self.features = features
@@ -267,4 +313,4 @@ def frechet(
     """
     features = TimmFeatures(model, [level], weights, input_size, image_size)
     size = f" {features.input_size}" if features.input_size else ""
-    return FrechetDistance(_Pooled(features), features.channels[0], f"{model} {level}{size}")
+    return FrechetDistance(Pooled(features), features.channels[0], f"{model} {level}{size}")
