@@ -9,8 +9,9 @@ from torch import nn
 from rae.autoencoder.rae import RAE
 from rae.config.arguments import check_plugin, plugin_text
 from rae.config.sections import Config, Model
+from rae.diffusion.generator import Generator
 from rae.exchange.exports import Exported, figure_text, includes_encoder
-from rae.exchange.places import OPENING, may_be_on_hub
+from rae.exchange.places import AUTOENCODER, OPENING, may_be_on_hub
 
 _LOADING = {  # format -> code
     "rae": """import rae
@@ -29,6 +30,10 @@ recon = autoencoder.decode(latent).sample""",
 import rae
 
 autoencoder = rae.load("OUT")""",
+    "generator": """import rae
+
+generator = rae.load("FOLDER")  # this folder, s3://…, or its name on the hub
+images = generator.sample([{{ labels }}], seed=0)  # (B, 3, H, W) in [0, 1]; python -m rae sample FOLDER OUT""",
     "other": """import rae
 
 model = rae.load("FOLDER", imports=True)  # which runs the code of the plugin that it needs; see config.json""",
@@ -43,6 +48,9 @@ _TEMPLATE = """---
 {% if encoder -%}
 OPENING, and a ViT
 decoder trained to turn its features back into pixels.
+{%- elif generator -%}
+A diffusion transformer trained by flow matching on the latents of a frozen Representation Autoencoder (arXiv
+2510.11690): it generates images.
 {%- else -%}
 A model trained with rae.
 {%- endif %}
@@ -111,6 +119,9 @@ def model_card(
     if isinstance(network, RAE) and isinstance(about.model, Model):
         loading, tags = layout, ["representation-autoencoder", "image-reconstruction"]
         told = _autoencoder(network, about.model, included)
+    elif isinstance(network, Generator) and isinstance(about.model, dict):
+        loading, tags = "generator", ["image-generation", "diffusion-transformer"]
+        told = _generator(network, about.model["diffusion"])
     else:
         loading, tags = "other", None
         told = {"facts": {"model": plugin_text(about.model)}, "encoder_name": ""}
@@ -150,6 +161,28 @@ def _autoencoder(rae: RAE, settings: Model, included: bool) -> dict[str, Any]:
             + ("not normalised" if rae.latent_mean is None else "normalised by the statistics of a data set"),
             "decoder": f"{decoder.embed.out_features} wide, {len(decoder.blocks)} layers, "
             f"{first.attn.num_heads} heads, patches of {decoder.patch_size} px",
+        },
+    }
+
+
+def _generator(generator: Generator, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the card of a generator says of it alone."""
+    autoencoder, classes = settings["autoencoder"], generator.num_classes
+    named = autoencoder if isinstance(autoencoder, str) else "in this folder's config.json, by its encoder and decoder"
+    inside = autoencoder == AUTOENCODER
+    return {
+        "generator": True,
+        "encoder_name": "",
+        "labels": "0, 1" if classes > 1 else "-1",
+        "facts": {
+            "network": plugin_text(settings["network"]),
+            "classes": f"{classes:,}" if classes else "none",
+            **({"their names": ", ".join(generator.classes)} if 0 < len(generator.classes) <= 20 else {}),
+            "latent": " × ".join(map(str, generator.latent_shape)),
+            "time shift": f"{generator.flow.shift:.4g}",
+            "autoencoder": "in this folder" if inside else f"not in this folder: {named}",
+            "sampler": plugin_text(settings.get("sampler", "euler")),
+            "guidance": plugin_text(settings.get("guidance", "none")),
         },
     }
 

@@ -28,7 +28,8 @@ from rae.config.errors import UserError
 from rae.config.loading import override, validated
 from rae.config.registry import find, import_plugins, plugins
 from rae.config.sections import AnyModel, Config, DecoderSizes, Model, Section
-from rae.exchange.places import CONFIG, ENCODER, WEIGHTS, local_folder, read_json
+from rae.diffusion.generator import Generator
+from rae.exchange.places import AUTOENCODER, CONFIG, ENCODER, WEIGHTS, local_folder, read_json
 
 
 class Exported(Section):
@@ -64,6 +65,7 @@ class Source:
         trained: how far the run was, ``epoch`` and ``batch``.
         figures: the run's last evaluation, if it was of this moment and these weights: by data set and metric.
         discriminator: the discriminator's trained weights, if there are any.
+        inside: of a generator's export that holds its autoencoder, what that says of itself.
     """
 
     network: nn.Module
@@ -76,6 +78,7 @@ class Source:
     trained: dict[str, int] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     discriminator: dict[str, Tensor] | None = None
+    inside: Exported | None = None
 
     @property
     def rae(self) -> RAE:
@@ -87,6 +90,18 @@ class Source:
         if isinstance(self.network, RAE):
             return self.network
         raise UserError(f"{self.name}: its model is no autoencoder, but a {type(self.network).__name__}")
+
+    @property
+    def generator(self) -> Generator:
+        """The generator.
+
+        Raises:
+            UserError: it is another kind of model.
+        """
+        if isinstance(self.network, Generator):
+            return self.network
+        kind = "an autoencoder" if isinstance(self.network, RAE) else f"a {type(self.network).__name__}"
+        raise UserError(f"{self.name}: its model is no generator, but {kind}")
 
     def run_model(self) -> Any:
         """The :class:`rae.model.RunModel` of these settings and weights, in eval mode, of another kind of model."""
@@ -179,6 +194,8 @@ def build_exported(local: Path, exported: Exported, name: str) -> nn.Module:
     settings = exported.model
     if isinstance(settings, Model):
         settings = settings.model_copy(update={"encoder": _encoder_here(local, settings.encoder)})
+    elif includes_autoencoder(settings):
+        settings = with_autoencoder(settings, str(local / AUTOENCODER))
     network = build_network(settings, exported.image_size)
     load_weights(network, read_state_dict(local / WEIGHTS), f"{name}/{WEIGHTS}")
     return network.eval()
@@ -212,6 +229,16 @@ def includes_encoder(model: Model | dict[str, Any]) -> bool:
     entries = [] if isinstance(model.encoder, str) else model.encoder.values()
     values = [value for arguments in entries if isinstance(arguments, dict) for value in arguments.values()]
     return any(isinstance(value, str) and value.split("/")[0] == ENCODER for value in values)
+
+
+def includes_autoencoder(model: Model | dict[str, Any]) -> bool:
+    """Whether a generator's autoencoder lies in its export."""
+    return not isinstance(model, Model) and model.get("diffusion", {}).get("autoencoder") == AUTOENCODER
+
+
+def with_autoencoder(model: dict[str, Any], autoencoder: str) -> dict[str, Any]:
+    """A generator's settings that name another place of its autoencoder."""
+    return {"diffusion": {**model["diffusion"], "autoencoder": autoencoder, "checked": False}}
 
 
 def encoder_path(model: Model | dict[str, Any]) -> str | None:
@@ -261,6 +288,11 @@ def write(network: nn.Module, about: Exported, folder: Path, with_encoder: bool 
         about = about.model_copy(update={"model": _portable(network, about.model, folder if with_encoder else None)})
         if type(network.encoder.network).__module__.startswith("rae."):
             about.imports = []  # they may be gone; what needs them is not exported
+    elif isinstance(network, Generator) and isinstance(about.model, dict) and not includes_autoencoder(about.model):
+        place = about.model["diffusion"]["autoencoder"]
+        if isinstance(place, str) and Path(place).expanduser().exists():
+            settings = with_autoencoder(about.model, str(Path(place).expanduser().resolve()))
+            about = about.model_copy(update={"model": settings})
     save_state_dict(network.state_dict(), folder / WEIGHTS)
     write_json(folder / CONFIG, about.model_dump())
     return about

@@ -6,15 +6,20 @@ from typing import Any
 
 import yaml
 
+from rae.autoencoder.backbones import read_file
 from rae.autoencoder.rae import RAE, read_stats
 from rae.config.arguments import check_plugin
 from rae.config.errors import UserError
 from rae.config.loading import load_config, save_config
 from rae.config.registry import import_plugins
+from rae.config.sections import Model
+from rae.diffusion.generator import Generator
+from rae.diffusion.published import load_published, settings_of, weights_in
 from rae.exchange import diffusers_format, exports, places, published
 from rae.exchange.card import model_card
 from rae.exchange.exports import Exported, Source, includes_encoder
 from rae.exchange.places import local_file, local_folder, new_folder, read_json
+from rae.exchange.sources import open_source
 
 LAYOUTS = ("rae", "published", "diffusers")
 
@@ -44,7 +49,7 @@ def export(
     network, about = source.network.cpu(), source.about()
     if with_encoder and layout != "rae":
         raise UserError("--with-encoder goes with --format rae; diffusers includes it always, published never")
-    if with_encoder and not isinstance(network, RAE):
+    if with_encoder and not isinstance(network, RAE | Generator):
         raise UserError(f"--with-encoder is about autoencoders, which {source.name} is not; leave it out")
     if layout != "rae" and not isinstance(network, RAE):
         raise UserError(f"--format {layout} is a layout of autoencoders, which {source.name} is not; use --format rae")
@@ -53,6 +58,8 @@ def export(
         with TemporaryDirectory(prefix="rae-") as scratch:
             rae.latent_mean, rae.latent_var = read_stats(str(local_file(stats, Path(scratch))), rae.encoder.network)
     with new_folder(out, overwrite) as folder:
+        if isinstance(network, Generator) and (with_encoder or exports.includes_autoencoder(source.model)):  # type: ignore[arg-type]
+            about = _with_autoencoder(network, about, source.inside, folder)
         if layout == "rae":
             about = exports.write(network, about, folder, with_encoder or includes_encoder(about.model))
         elif layout == "published":
@@ -64,6 +71,62 @@ def export(
         included = {"diffusers": True, "published": False}.get(layout)
         (folder / places.CARD).write_text(model_card(network, about, layout, source.config, included))
     return about
+
+
+def _with_autoencoder(generator: Generator, about: Exported, inside: Exported | None, folder: Path) -> Exported:
+    """Put a generator's whole autoencoder into its export, as an export of its own.
+
+    Args:
+        inside: what that says of itself, if it came in an export of the generator.
+    """
+    named = about.model["diffusion"]["autoencoder"]  # type: ignore[index]
+    autoencoder: Any = generator.autoencoder.network
+    if inside is not None:
+        told = inside
+    elif isinstance(named, str):
+        told = open_source(named).about()
+    else:
+        told = Exported(name=f"{about.name}-autoencoder", image_size=about.image_size, model=Model(**named))
+    place = folder / places.AUTOENCODER
+    place.mkdir()
+    told = exports.write(autoencoder.cpu(), told, place, with_encoder=True)
+    (place / places.CARD).write_text(model_card(autoencoder, told, "rae"))
+    return about.model_copy(update={"model": exports.with_autoencoder(about.model, places.AUTOENCODER)})  # type: ignore[arg-type]
+
+
+def import_generator(
+    source: str, autoencoder: str, scratch: Path, label_dropout: float = 0.1, live: bool = False
+) -> Source:
+    """Open a published DiT-DH (``stage2_model.pt``, plain or under ``ema``), on the latents of an autoencoder of ours.
+
+    Args:
+        source: the file.
+        autoencoder: a source of an autoencoder.
+        live: take the live weights of a training checkpoint, instead of its average.
+
+    Raises:
+        UserError: it is no such file, or is of other latents.
+    """
+    content = read_file(local_file(source, scratch))
+    state = weights_in(content, source, ema=not live)
+    sizes = settings_of(state)
+    channels, grid, _ = sizes.pop("latent_shape")
+    rows = len(state["y_embedder.embedding_table.weight"])
+    settings = {
+        "autoencoder": autoencoder,
+        "network": {"ditdh": sizes},
+        "num_classes": rows - (label_dropout > 0),
+        "label_dropout": label_dropout,
+        "checked": False,
+    }
+    opened = open_source(autoencoder)
+    if opened.rae.latent_shape != (channels, grid, grid):
+        told = " × ".join(map(str, opened.rae.latent_shape))
+        raise UserError(f"{source} is of latents {channels} × {grid} × {grid}, the autoencoder's are {told}")
+    network = exports.build_network({"diffusion": settings}, opened.image_size)
+    load_published(network.network, state, source)  # type: ignore[arg-type]
+    weights = "ema" if "ema" in content and not live else "given"
+    return Source(network.eval(), opened.image_size, _name_of(source), weights, {"diffusion": settings})
 
 
 def import_from(

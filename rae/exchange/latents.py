@@ -17,19 +17,21 @@ from rae.autoencoder.encoders.base import Encoder
 from rae.autoencoder.layers import Frozen
 from rae.config.arguments import build
 from rae.config.errors import UserError
-from rae.config.sections import Config
+from rae.config.sections import Config, Model
 from rae.data.dataset import Batcher, ImageDataset, indexed, open_dataset
 from rae.data.decoding import eval_transform
 from rae.data.images import batches, with_bar
 from rae.data.loaders import start_worker
 from rae.data.parts import Job, Options, PartWriter, finish
 from rae.data.shards import RECORDS, Place
+from rae.diffusion.model import open_autoencoder
 from rae.exchange.places import local_file
 from rae.survival.processes import barrier, of_first_rank, opening, rank, world_size
 from rae.survival.storage import is_remote
 
 STATS = "stat.pt"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_STORED = {"bf16": "uint16", "fp16": "float16", "fp32": "float32"}
 
 
 class Moments:
@@ -74,6 +76,7 @@ def write_latents(
     dtype: str = "bf16",
     with_images: bool = False,
     batch_size: int = 64,
+    flips: bool = False,
 ) -> dict[str, Any]:
     """Encode the centre crops of a run's data, in order, and write columns latent (C, h, w) and label.
 
@@ -81,32 +84,46 @@ def write_latents(
     says is done is not done again. ``stat.pt`` beside the shards holds mean and var (C, h, w), as the published one.
 
     Args:
-        config: its encoder, ``data.image_size``, and the paths of ``data.train`` or ``data.eval``.
+        config: its encoder, or that of a generator's autoencoder; ``data.image_size``, and the paths of ``data.train``
+            or ``data.eval``.
         options: out, shard_size, compression, hashes and overwrite are used.
         split: ``train`` or ``eval``.
         with_images: store the crops too, as uint8 (3, S, S), so that a decoder can be trained without its encoder.
+        flips: store each image's mirror image after it, as a sample of its own: a latent cannot be flipped.
 
     Returns:
-        what ``dataset.json`` holds.
+        what ``dataset.json`` holds; among its options ``error``, the root mean square of what ``dtype`` changes, over
+        that of the latents.
 
     Raises:
         UserError: no such data, or an output that exists.
     """
     began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
     images = _open(config, split)
-    encoder = Frozen(build("encoder", config.autoencoder.encoder, "model.encoder")).to(device)
+    encoder, named = _encoder(config)
+    encoder = encoder.to(device)
     columns = _columns(encoder.network, dtype, config.data.image_size if with_images else None)
-    content = {**options.content(), "encoder": config.autoencoder.encoder, "image_size": config.data.image_size}
-    content |= {"split": split, "dtype": dtype, "with_images": with_images}
-    job = _begin(images, options, content, columns)
+    content = {**options.content(), **named, "image_size": config.data.image_size}
+    content |= {"split": split, "dtype": dtype, "with_images": with_images, **({"flips": True} if flips else {})}
+    job = _begin(images, options, content, columns, 1 + flips)
     mine = [part for part in job.parts() if part % world_size() == rank() and job.done(part) is None]
     loader = _loader(images, job, mine, batch_size, config.data.workers)
     for part in with_bar(mine, "encoding"):
-        _write_part(job, part, columns, encoder, loader, DTYPES[dtype], device)
+        _write_part(job, part, columns, encoder, loader, DTYPES[dtype], device, flips)
     barrier()
     summary = _finish(job, content, time.perf_counter() - began) if rank() == 0 else {}
     barrier()
     return summary
+
+
+def _encoder(config: Config) -> tuple[Frozen, dict[str, Any]]:
+    """The encoder, and what the data set's record says of it."""
+    if isinstance(config.model, Model) or "diffusion" not in config.model:
+        entry = config.autoencoder.encoder
+        return Frozen(build("encoder", entry, "model.encoder")), {"encoder": entry}
+    named = config.model["diffusion"]["autoencoder"]
+    encoder = open_autoencoder(named, config.data.image_size).encoder
+    return encoder, {"autoencoder": named}
 
 
 def _open(config: Config, split: str) -> ImageDataset:
@@ -119,16 +136,18 @@ def _open(config: Config, split: str) -> ImageDataset:
 
 
 def _columns(encoder: Encoder, dtype: str, image_size: int | None) -> dict[str, str]:
-    stored = "uint16" if dtype == "bf16" else "float16"
-    columns = {"latent": f"ndarray:{stored}:{encoder.embed_dim},{encoder.grid},{encoder.grid}", "label": "int"}
+    columns = {"latent": f"ndarray:{_STORED[dtype]}:{encoder.embed_dim},{encoder.grid},{encoder.grid}", "label": "int"}
     if image_size is not None:
         columns["image"] = f"ndarray:uint8:3,{image_size},{image_size}"
     return columns
 
 
-def _begin(images: ImageDataset, options: Options, content: dict[str, Any], columns: dict[str, str]) -> Job:
+def _begin(
+    images: ImageDataset, options: Options, content: dict[str, Any], columns: dict[str, str], samples: int
+) -> Job:
     place = Place(options.out)
-    part = max(1, min(bytes_to_int(options.shard_size) // _sample_bytes(columns), -(-images.size // 16)))
+    fitting = bytes_to_int(options.shard_size) // (samples * _sample_bytes(columns))
+    part = max(1, min(fitting, -(-images.size // 16)))
     plan: Any = None
     if rank() == 0:
         try:
@@ -170,25 +189,33 @@ def _write_part(
     batches: Iterator[Any],
     dtype: torch.dtype,
     device: str,
+    flips: bool,
 ) -> None:
     moments, counts, left = Moments(), dict[int, int](), len(job.positions(part))
+    lost = torch.zeros(2, dtype=torch.float64)
     with PartWriter(job, part, columns) as writer:
         while left:
             batch = next(batches)
             left -= len(batch["label"])
-            latent = _encode(encoder, batch["image"].to(device))
-            moments.add(latent)
-            stored = latent.to(dtype).cpu()
-            stored = stored.view(torch.uint16) if dtype == torch.bfloat16 else stored
-            for row, image, label in zip(stored, batch["image"], batch["label"].tolist(), strict=True):
-                sample = {"latent": row.numpy(), "label": label}
-                writer.write(sample | ({"image": image.contiguous().numpy()} if "image" in columns else {}))
-                counts[label] = counts.get(label, 0) + 1
+            images = [batch["image"], batch["image"].flip(3)] if flips else [batch["image"]]
+            latents = [_encode(encoder, image.to(device)) for image in images]
+            rounded = [latent.to(dtype).cpu() for latent in latents]
+            for latent, stored in zip(latents, rounded, strict=True):
+                moments.add(latent)
+                exact = latent.cpu().double()
+                lost += torch.stack([(stored.double() - exact).square().sum(), exact.square().sum()])
+            rows = [each.view(torch.uint16) if dtype == torch.bfloat16 else each for each in rounded]
+            for number, label in enumerate(batch["label"].tolist()):
+                for row, image in zip(rows, images, strict=True):
+                    sample = {"latent": row[number].numpy(), "label": label}
+                    crop = {"image": image[number].contiguous().numpy()} if "image" in columns else {}
+                    writer.write(sample | crop)
+                    counts[label] = counts.get(label, 0) + 1
         file = Path(writer.folder.name, STATS)
         torch.save(vars(moments), file)
         job.place.move(file, f"{RECORDS}/{part:06}.pt")
         size = sum(counts.values()) * _sample_bytes(columns)
-        writer.finish(counts=counts, bytes=size, skipped=[])
+        writer.finish(counts=counts, bytes=size, skipped=[], lost=lost.tolist())
 
 
 @torch.no_grad()
@@ -227,6 +254,8 @@ def latent_statistics(
 def _finish(job: Job, content: dict[str, Any], seconds: float) -> dict[str, Any]:
     moments = Moments()
     records = [job.place.read(f"{RECORDS}/{part:06}.json") for part in job.parts()]
+    changed, whole = (sum(record["lost"][i] for record in records) for i in range(2))
+    content = {**content, "error": (changed / whole) ** 0.5 if whole else 0.0}
     classes = sorted({int(label) for record in records for label in record["counts"]})
     names = [str(label) for label in range(max(classes) + 1)]
     with tempfile.TemporaryDirectory(dir=job.place.scratch(), prefix="part-") as folder:

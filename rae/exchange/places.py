@@ -13,9 +13,11 @@ from rae.config.errors import UserError
 from rae.survival.storage import RemoteFolder, can_delete, filled, is_remote, on_disk, saying
 
 CONFIG, WEIGHTS, ENCODER, CARD = "config.json", "model.safetensors", "encoder", "README.md"
+AUTOENCODER = "autoencoder"
+"""A generator's, as an export inside its export."""
 RUN = "config.yaml"
 """The configuration of the run that it came from."""
-OURS = {CONFIG, WEIGHTS, ENCODER, CARD, RUN, "model.pt", "stat.pt", "diffusion_pytorch_model.safetensors"}
+OURS = {CONFIG, WEIGHTS, ENCODER, AUTOENCODER, CARD, RUN, "model.pt", "stat.pt", "diffusion_pytorch_model.safetensors"}
 """What an export of any format may hold."""
 OPENING = "A Representation Autoencoder ([arXiv 2510.11690](https://arxiv.org/abs/2510.11690)): a frozen vision encoder"
 """What every export's model card says, and no other program's."""
