@@ -27,7 +27,7 @@ from tests.test_yamls import backbones, overrides  # noqa: F401
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)? ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MODULES = {"rae": "rae.__main__", "rae.bench": "rae.bench.__main__"}
+MODULES = {"rae": "rae.__main__", "rae.plan.bench": "rae.plan.bench.__main__"}
 
 
 def blocks(page, language: str) -> list[tuple[str, str]]:
@@ -108,11 +108,11 @@ def written_here() -> dict[str, str]:
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_commands_parse(words, monkeypatch, tmp_path):
-    monkeypatch.setenv("RAE_BUCKET", "s3://bucket")
     arguments = parsed(words, monkeypatch)
     if words[0] != "train.py":
         return
     monkeypatch.setenv("RAE_BUCKET", "s3://bucket")
+    monkeypatch.setenv("RAE_AUTOENCODER", "exports/mine")
     path = ROOT / arguments.config
     if arguments.config in written_here():
         path = tmp_path / "written.yaml"

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 HOUSE = ROOT / "rae"
 FILES = sorted(HOUSE.rglob("*.py"))
 FOLDERS = sorted(path.parent for path in HOUSE.glob("*/__init__.py"))
-KNOW_COMPOSER = {"autoencoder/model.py", "algorithms", "callbacks", "training", "plan", "bench"}
+KNOW_COMPOSER = {"autoencoder/model.py", "diffusion/model.py", "algorithms", "callbacks", "training", "plan"}
 """Who imports Composer when it is imported; others do where they need it, if ever."""
 
 

@@ -5,9 +5,12 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.models.vgg import cfgs, make_layers
 
+from rae.autoencoder.model import build_rae
 from rae.config.loading import load_config
+from rae.config.sections import Model
+from rae.exchange.exports import Exported, write
 from rae.training.run import train
-from tests.conftest import GOLDEN, ROOT, metrics_of
+from tests.conftest import AUTOENCODER, GOLDEN, ROOT, metrics_of
 
 YAMLS = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
 ENCODERS = {"rae_mae": ("mae", 64), "rae_siglip2": ("siglip2", 64)}
@@ -31,7 +34,18 @@ def backbones(tmp_path_factory) -> dict[str, str]:
     return {"vgg": str(root / "vgg.pth"), "inception": str(root / "inception.pth")}
 
 
-def overrides(name: str, shards, run_dir, backbones) -> list[str]:
+def overrides(name: str, shards, run_dir, backbones, autoencoder=None) -> list[str]:
+    if name.startswith("ditdh"):
+        network = "model.diffusion.network.ditdh"
+        return [
+            f"run_dir={run_dir}", f"data.train.path={shards}/train", f"data.eval.path={shards}/eval",
+            "data.eval.limit=4", "data.image_size=64", "data.batch_size=4", "data.workers=0",
+            f"model.diffusion.autoencoder={autoencoder}", "model.diffusion.checked=false",
+            f"{network}.embed_dim=16", f"{network}.depth=1", f"{network}.num_heads=2", f"{network}.head_embed_dim=24",
+            f"{network}.head_depth=1", f"{network}.head_num_heads=2", "model.diffusion.sampler.euler.steps=2",
+            "trainer.max_duration=2ba", "trainer.eval_interval=2ba", "trainer.save_interval=2ba",
+            f"trainer.save_folder={run_dir}/checkpoints", "trainer.device_train_microbatch_size=2",
+        ]  # fmt: skip
     size = 32 if name == "rae_demo" else 64
     common = [
         f"run_dir={run_dir}", f"data.train.path={shards}/train", f"data.eval.path={shards}/eval",
@@ -57,15 +71,29 @@ def overrides(name: str, shards, run_dir, backbones) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """An untrained one, by its configuration."""
+    root = tmp_path_factory.mktemp("autoencoder")
+    settings = Model.model_validate(AUTOENCODER)
+    write(build_rae(settings, 64), Exported(name="tiny", image_size=64, model=settings), root)
+    return str(root)
+
+
 @pytest.mark.parametrize("name", YAMLS)
-def test_trains_two_batches(name, shards, tmp_path, backbones, monkeypatch):
-    if name == "rae_dino":
-        monkeypatch.setenv("RAE_BUCKET", "s3://bucket")
-    config = load_config(f"yamls/{name}.yaml", overrides(name, shards, tmp_path / "run", backbones))
+def test_trains_two_batches(name, shards, tmp_path, backbones, autoencoder, monkeypatch):
+    monkeypatch.setenv("RAE_BUCKET", "s3://bucket")
+    monkeypatch.setenv("RAE_AUTOENCODER", autoencoder)
+    config = load_config(f"yamls/{name}.yaml", overrides(name, shards, tmp_path / "run", backbones, autoencoder))
     if name != "rae_dino":  # once: moments of 2048 features take long on a CPU
-        config.metrics.pop("rfid", None)
+        _ = [config.metrics.pop(metric, None) for metric in ("rfid", "gfid")]
     trainer = train(config)
     assert int(trainer.state.timestamp.batch) == 2
+    if name.startswith("ditdh"):
+        first, second = [r for r in metrics_of(tmp_path / "run") if "loss/train/total" in r]
+        assert {"loss/train/flow", "lr/network", "gradient/network"} <= first.keys()
+        assert list((tmp_path / "run/pictures").glob("*.png"))
+        return
     first, second = [r for r in metrics_of(tmp_path / "run") if "loss/train/total" in r]
     assert {"loss/train/l1", "discriminator/loss", "lr/decoder", "lr/discriminator"} <= first.keys()
     assert "loss/train/gan" not in first
