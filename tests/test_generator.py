@@ -75,6 +75,27 @@ def test_it_goes_on_exactly_from_the_middle_of_an_epoch(shards, trained, tmp_pat
     assert figures(tmp_path / "run")[-2:] == figures(trained)[-2:]
 
 
+def test_several_averages_at_once(shards, trained, tmp_path, capsys):
+    settings = generator_settings(shards, tmp_path / "run")
+    settings["trainer"]["max_duration"] = "4ba"
+    train_here(settings)
+    settings["trainer"]["max_duration"] = "10ba"
+    settings["algorithms"]["ema"]["also"] = [0.5, 0.0]
+    train_here(settings)
+    held = dict(load_newest(tmp_path / "run/checkpoints")["algorithms"])["EMA"]
+    alone = dict(load_newest(trained / "checkpoints")["algorithms"])["EMA"]
+    assert held["averages"].keys() == {"0.5", "0"}
+    assert all(torch.equal(held["average"][name], tensor) for name, tensor in alone["average"].items())
+    live = load_newest(trained / "checkpoints")["model"]
+    assert all(torch.allclose(tensor, live[name]) for name, tensor in held["averages"]["0"].items())
+    main(["sample", str(tmp_path / "run"), str(tmp_path / "a"), "--num", "2", "--weights", "ema:0.5"])
+    with pytest.raises(SystemExit):
+        main(["sample", str(tmp_path / "run"), str(tmp_path / "b"), "--num", "2", "--weights", "ema:0.7"])
+    assert "there is no such average; there are ema, ema:0.5, ema:0, live" in capsys.readouterr().err
+    height = Image.open(tmp_path / "run/pictures/ba0000010.png").height
+    assert height == 4 * 66 + 2  # live, and three averages
+
+
 def test_watching_changes_nothing(shards, trained, tmp_path):
     settings = generator_settings(shards, tmp_path / "run")
     settings |= {"callbacks": {}, "metrics": {}}

@@ -117,6 +117,9 @@ class Pictures(Callback):
         if ema is not None:
             with ema.averaged():
                 yield "ema", model.draw(batch)
+            for decay in ema.averages:
+                with ema.averaged(decay):
+                    yield f"ema {decay}", model.draw(batch)
         tau = model.noise_tau if self.noise_tau is None else self.noise_tau
         if tau:
             levels = torch.full((len(batch["index"]),), float(tau))

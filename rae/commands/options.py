@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from typing import TYPE_CHECKING
 
 from rae.config.errors import UserError
@@ -20,9 +21,10 @@ def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True, w
     if weights:
         parser.add_argument(
             "--weights",
-            choices=("ema", "live"),
+            type=_weights,
             default="ema",
-            help="the average of a run's weights, or its last ones (default: ema, where there is an average)",
+            metavar="ema|ema:DECAY|live",
+            help="the average of a run's weights, one of its further averages, or its last ones (default: ema)",
         )
     if device:
         parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU, if there is one)")
@@ -39,6 +41,12 @@ def add_source_arguments(parser: argparse.ArgumentParser, device: bool = True, w
         action="store_true",
         help="import the modules that an export's encoder or kind of model needs: run their code",
     )
+
+
+def _weights(text: str) -> str:
+    if text not in ("ema", "live") and not re.fullmatch(r"ema:(0|0?\.\d+)", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of ema, ema:0.9999 (a further average's decay), live")
+    return text
 
 
 def check_counts(arguments: argparse.Namespace, *options: str) -> None:

@@ -133,7 +133,16 @@ def of_average(state: dict[str, Any], weights: str) -> tuple[dict[str, Tensor], 
         them by name, ``ema`` or ``live`` as they are, and the discriminator's, if there are any.
     """
     algorithms = dict(state.get("algorithms") or [])
-    average = algorithms.get("EMA", {}).get("average") if weights == "ema" else None
+    held = algorithms.get("EMA", {})
+    average = held.get("average") if weights == "ema" else None
+    _, _, decay = weights.partition(":")
+    if decay:
+        average = held.get("averages", {}).get(decay)
+        if average is None:
+            there = ", ".join(f"ema:{each}" for each in held.get("averages", {}))
+            raise UserError(
+                f"--weights {weights}: there is no such average; there are ema{there and ', ' + there}, live"
+            )
     heads = algorithms.get("Adversarial", {}).get("discriminator")
     heads = heads and {name: tensor.clone() for name, tensor in heads.items()}
     return {**state["model"], **(average or {})}, "ema" if average else "live", heads

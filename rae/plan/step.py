@@ -208,7 +208,9 @@ class Simulation:
             "weights": size_of(trained),
             "gradients": size_of(trained),
             "optimizer": size_of(list(self.optimizer.state.values())),
-            "weight average": sum(size_of(getattr(a, "average", {})) for a in self.algorithms),
+            "weight average": size_of(
+                [(getattr(a, "average", {}), getattr(a, "averages", {})) for a in self.algorithms]
+            ),
             "discriminator's heads": 0,
         }
         for algorithm in self.algorithms:
