@@ -103,7 +103,10 @@ class Meanwhile(Callback):
 
     def batch_end(self, state, logger):
         for path in self.remove if state.timestamp.batch == 2 else ():
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+            if os.path.isfile(path):
+                os.remove(path)
+            while os.path.isdir(path):  # TensorBoard's thread may write into it meanwhile
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture
