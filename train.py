@@ -1,4 +1,4 @@
-"""Train a Representation Autoencoder: ``composer train.py yamls/rae_dino.yaml key=value key.sub=value …``"""
+"""Train an autoencoder, or a generator on one's latents: ``composer train.py yamls/rae_dino.yaml key=value …``"""
 
 import argparse
 import gc
@@ -15,7 +15,7 @@ def main() -> None:
     from rae.survival.processes import follow_parent
 
     parser = argparse.ArgumentParser(
-        description="Train a Representation Autoencoder from a YAML file.",
+        description="Train a Representation Autoencoder, or a generator on one's latents, from a YAML file.",
         epilog="Launch with `composer train.py …` (one process per GPU) or `composer -n 2 train.py …`.",
     )
     parser.add_argument("config", help="YAML file, e.g. yamls/rae_dino.yaml")

@@ -1,4 +1,4 @@
-"""``python -m rae COMMAND``: what is done with an autoencoder before and after training."""
+"""``python -m rae COMMAND``: what is done with an autoencoder or a generator before and after training."""
 
 import argparse
 import importlib
@@ -11,8 +11,8 @@ from rae.survival.interrupts import run_interruptibly
 COMMANDS = {  # name, which is its module's in rae/commands -> what it does
     "demo": "train a small autoencoder on photographs, in minutes on two CPU cores",
     "curves": "draw a run's figures",
-    "evaluate": "measure autoencoders on a data set: a table of every metric, several side by side",
-    "export": "write an autoencoder as our folder, published weights or a diffusers folder",
+    "evaluate": "measure autoencoders or generators: a table of every metric, several side by side",
+    "export": "write an autoencoder or a generator as our folder, published weights or a diffusers folder",
     "import": "make our folder of published weights or a diffusers folder",
     "inspect": "what a run, checkpoint, export or data set holds, and whether it is whole",
     "plan": "what a run will take: operations, memory, time, bytes; before anything is spent",
@@ -37,7 +37,7 @@ def main(words: list[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser(
         prog="python -m rae",
-        description="Work with Representation Autoencoders. Training is `composer train.py YAML`.",
+        description="Work with Representation Autoencoders and generators. Training is `composer train.py YAML`.",
         epilog="`python -m rae COMMAND --help` explains a command.",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

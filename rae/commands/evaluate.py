@@ -1,4 +1,4 @@
-"""Measure autoencoders on a data set: a table of every metric, and JSON; several side by side.
+"""Measure autoencoders on a data set, or generators: a table of every metric, and JSON; several side by side.
 
 SOURCE is a run's folder, a checkpoint, a run's YAML or an exported folder; the images are MDS shards or a folder of
 them. Both may be in a bucket (s3://…). Data and metrics are those of the first source's run, if it is known and
@@ -11,6 +11,13 @@ examples:
   python -m rae evaluate runs/mine --tau 0 0.4 0.8 --limit 5000
   python -m rae evaluate export/ --data photos/ --metrics psnr ssim 'rfid: {weights: inception.pth}'
   composer -n 8 -m rae evaluate s3://bucket/runs/mine/checkpoints --data s3://bucket/imagenet/val
+
+A generator samples --num images, as many of each class, and they are compared with --reference: ADM's .npz, shards or
+a folder (by default its run's data.eval). A SOURCE can also be images that were generated before: a folder of
+`rae sample`, or an .npz.
+  python -m rae evaluate runs/ditdh --num 50000 --reference VIRTUAL_imagenet256_labeled.npz --keep samples
+  python -m rae evaluate exports/a exports/b --compare --data data/val --latents samples/latents
+--latents decodes one set of generated latents with each autoencoder: a decoder is judged by what it is for.
 
 --tau T adds noise of σ = T to the latents: a decoder for a diffusion model must bear it, which figures of clean latents
 do not show. A run's discriminator, where there is one, gives its verdict: its mean logits for images and

@@ -1,7 +1,8 @@
 """What ``rae evaluate`` does with generators, with images that were generated, and with generated latents."""
 
 import argparse
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -37,9 +38,8 @@ def judge(
 
     sizes = {each[1] for each in made if each} | {source.image_size for source in opened}
     if len(sizes) > 1:
-        raise UserError(
-            f"the sources' images have {', '.join(map(str, sorted(sizes)))} pixels a side; compare equal ones"
-        )
+        told = ", ".join(map(str, sorted(sizes)))
+        raise UserError(f"the sources' images have {told} pixels a side; compare equal ones")
     _ = [source.generator for source in opened]  # refuses another kind
     size, configs = sizes.pop(), [source.config for source in opened]
     of_the_run = next((config.metrics for config in configs if config and config.metrics), {})
@@ -74,37 +74,27 @@ def judge(
     }
 
 
-class _sampled:  # noqa: N801 - a context manager
+@contextmanager
+def _sampled(arguments: argparse.Namespace, source: "Source", device: Any) -> "Iterator[Dataset]":
     """A generator's images as a data set: sampled into ``--keep``, or a folder that is deleted afterwards."""
+    from rae.commands.sample import how
+    from rae.data.images import open_images
+    from rae.evaluation.sampling import SAMPLES, Sampling, choose_labels
+    from rae.survival.processes import barrier, of_first_rank, rank
 
-    def __init__(self, arguments: argparse.Namespace, source: "Source", device: Any):
-        self.arguments, self.source, self.device = arguments, source, device
-
-    def __enter__(self) -> "Dataset":
-        from rae.commands.sample import how
-        from rae.data.images import open_images
-        from rae.evaluation.sampling import SAMPLES, Sampling, choose_labels
-        from rae.survival.processes import of_first_rank, rank
-
-        arguments, generator = self.arguments, self.source.generator.to(self.device)
-        kept = arguments.keep and Path(arguments.keep, *([self.source.name] if len(arguments.sources) > 1 else []))
-        self.temporary = TemporaryDirectory(prefix="rae-samples-") if not kept and rank() == 0 else None
-        folder = Path(of_first_rank(str(kept or (self.temporary and self.temporary.name))))
+    generator, several = source.generator.to(device), len(arguments.sources) > 1
+    kept = arguments.keep and str(Path(arguments.keep, *([source.name] if several else [])))
+    with TemporaryDirectory(prefix="rae-samples-") if not kept and rank() == 0 else nullcontext(kept) as own:
+        folder = Path(of_first_rank(own))
         sampler, guidance, told = how(arguments, generator)
         labels = choose_labels(["equal"], arguments.num, generator, arguments.seed)
-        about = {"source": arguments.sources[0] if len(arguments.sources) == 1 else self.source.name, **told}
+        about = {"source": source.name if several else arguments.sources[0], **told}
         Sampling(
             generator, labels, folder, arguments.seed, sampler, guidance, arguments.batch_size, False,
             arguments.truncate, about,
         ).run()  # fmt: skip
-        return open_images(f"{folder}/{SAMPLES}", self.source.image_size)
-
-    def __exit__(self, *exception: object) -> None:
-        from rae.survival.processes import barrier
-
-        barrier()
-        if self.temporary:
-            self.temporary.cleanup()
+        yield open_images(f"{folder}/{SAMPLES}", source.image_size)
+        barrier()  # all have read them
 
 
 def judge_decoders(

@@ -12,7 +12,7 @@ from rae.config.registry import register
 from rae.config.values import Finite, Positive
 
 BASE = 4096
-"""The latent size without a time shift (arXiv 2403.03206: that of Stable Diffusion 3 at 256 px, a quarter of it)."""
+"""The numbers in a latent (C·h·w) at which times are not shifted."""
 LAST = 0.999
 """The last time that training draws, before the shift."""
 
@@ -46,7 +46,7 @@ class Flow:
         latent_shape: (C, h, w) of latents (supplied).
         times: the distribution of training's times, before the shift (supplied).
         shift: moves times towards noise, see :meth:`shifted`; sqrt(C·h·w / 4096) by default, and never below 1
-            (arXiv 2403.03206; 2510.11690, section 4).
+            (arXiv 2510.11690, section 4).
     """
 
     def __init__(self, latent_shape: tuple[int, ...], times: Times, shift: Positive | None = None):

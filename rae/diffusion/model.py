@@ -212,7 +212,8 @@ class DiffusionModel(RunModel, ComposerModel):
         return quantize(self.generator.sample(batch["label"], numbers=batch["index"]))
 
     def networks(self) -> dict[str, nn.Module]:
-        return {"encoder": self.rae.encoder.network, "network": self.generator.network}
+        frozen = {"encoder": self.rae.encoder.network, "decoder": self.rae.decoder}
+        return {**frozen, "network": self.generator.network}
 
     def compiled(self) -> dict[str, Iterable[nn.Module]]:
         return {"encoder": blocks_of(self.rae.encoder.network), "network": blocks_of(self.generator.network)}

@@ -48,21 +48,26 @@ class LatentTransformer(nn.Module):
         blocks: all of them, in order.
     """
 
+    grid: int
     num_classes: int
     null_label: int | None
     blocks: nn.ModuleList
     pos_embed: nn.Parameter | None
 
-    def _set_classes(self, num_classes: int, null: bool, dim: int) -> None:
+    def _embed(self, dim: int, num_classes: int, null: bool, positions: bool, trained_tables: bool) -> None:
+        """Make what embeds time, label and place at a width."""
         self.num_classes, self.null_label = num_classes, num_classes if null or not num_classes else None
+        self.t_embedder = TimeEmbedding(dim, trained_tables)
         self.y_embedder = LabelEmbedding(num_classes + (self.null_label is not None), dim)
+        table = sincos_positions(dim, self.grid)[:, 1:].clone()
+        self.pos_embed = nn.Parameter(table, requires_grad=trained_tables) if positions else None
 
-    def _set_positions(self, dim: int, grid: int, trained: bool) -> None:
-        table = sincos_positions(dim, grid)[:, 1:]
-        self.pos_embed = nn.Parameter(table.clone(), requires_grad=trained)
+    def _placed(self, tokens: Tensor) -> Tensor:
+        """Tokens, in float32, with their absolute positions if there are any."""
+        return tokens.float() if self.pos_embed is None else tokens.float() + self.pos_embed
 
     def _latent_of(self, tokens: Tensor) -> Tensor:
-        return tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid)).float()  # type: ignore[arg-type]
+        return tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid)).float()
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """What FSDP shards as a unit: each block."""
@@ -123,11 +128,7 @@ class DiTDH(LatentTransformer):
         self.depth = deep
         self.s_embedder, self.x_embedder = PatchEmbed(channels, dim), PatchEmbed(channels, head_dim)
         self.s_projector = nn.Linear(dim, head_dim) if dim != head_dim else nn.Identity()
-        self.t_embedder = TimeEmbedding(dim, trained_tables)
-        self._set_classes(num_classes, null_label, dim)
-        self.pos_embed = None
-        if absolute_positions:
-            self._set_positions(dim, self.grid, trained_tables)
+        self._embed(dim, num_classes, null_label, absolute_positions, trained_tables)
         self.enc_feat_rope = RotaryPositions(dim // heads, self.grid)
         self.dec_feat_rope = RotaryPositions(head_dim // head_heads, self.grid)
         options = (mlp_ratio, qk_norm, swiglu, rms_norm)
@@ -139,9 +140,7 @@ class DiTDH(LatentTransformer):
         """Noisy latent (B, C, h, h), times (B,), labels (B,) -> (B, C, h, h), in float32."""
         time = self.t_embedder(t).float()
         condition = F.silu(time + self.y_embedder(label))
-        tokens = self.s_embedder(x).float()
-        if self.pos_embed is not None:
-            tokens = tokens + self.pos_embed
+        tokens = self._placed(self.s_embedder(x))
         for block in self.blocks[: self.depth]:
             tokens = block(tokens, condition, self.enc_feat_rope)
         condition = self.s_projector(F.silu(time[:, None] + tokens))
@@ -184,11 +183,7 @@ class LightningDiT(LatentTransformer):
         given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
         dim, deep, heads = _chosen(given, SIZES.get(size or ""))
         self.x_embedder = PatchEmbed(channels, dim)
-        self.t_embedder = TimeEmbedding(dim, trained_tables)
-        self._set_classes(num_classes, null_label, dim)
-        self.pos_embed = None
-        if absolute_positions:
-            self._set_positions(dim, self.grid, trained_tables)
+        self._embed(dim, num_classes, null_label, absolute_positions, trained_tables)
         self.feat_rope = RotaryPositions(dim // heads, self.grid)
         options = (mlp_ratio, qk_norm, swiglu, rms_norm)
         self.blocks = nn.ModuleList(Block(dim, heads, *options) for _ in range(deep))
@@ -203,9 +198,7 @@ class LightningDiT(LatentTransformer):
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """Noisy latent (B, C, h, h), times (B,), labels (B,) -> (B, C, h, h), in float32."""
         condition = self.t_embedder(t).float() + self.y_embedder(label)
-        tokens = self.x_embedder(x).float()
-        if self.pos_embed is not None:
-            tokens = tokens + self.pos_embed
+        tokens = self._placed(self.x_embedder(x))
         for block in self.blocks:
             tokens = block(tokens, condition, self.feat_rope)
         return self._latent_of(self.final_layer(tokens, condition))

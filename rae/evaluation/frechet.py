@@ -74,6 +74,15 @@ def _read_moments(path: Path) -> dict[str, Tensor] | None:
     return moments if moments.keys() == {"sum", "outer", "count"} else None
 
 
+def hash_of_weights(network: nn.Module, name: str = "") -> str:
+    """A hash of a network's name and weights."""
+    digest = hashlib.sha256(name.encode())
+    for key, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def note_update(metric: Any) -> None:
     """Do what torchmetrics does around ``update``, for a metric that is updated by another method."""
     metric._update_count += 1
@@ -145,11 +154,7 @@ class FrechetDistance(FrechetInceptionDistance):
 
     def fingerprint(self) -> str:
         """A hash of the feature network's name and weights."""
-        digest = hashlib.sha256(self.name.encode())
-        for name, tensor in sorted(self.inception.network.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_of_weights(self.inception.network, self.name)
 
     def refer(self, data: str, count: int, known: dict[str, Reference], in_file: bool = True) -> None:
         """Use the originals' moments that are known, or be the first to compute them. A collective call.

@@ -31,6 +31,7 @@ from rae.config.errors import UserError
 from rae.data.images import with_bar
 from rae.diffusion.generator import Generator, Guide
 from rae.diffusion.samplers import Sampler
+from rae.evaluation.frechet import hash_of_weights
 from rae.evaluation.pictures import to_picture
 from rae.survival.processes import barrier, of_first_rank, rank, world_size
 
@@ -46,9 +47,7 @@ def balanced_labels(count: int, num_classes: int, seed: int = 0) -> Tensor:
     Args:
         count: of labels; what does not divide goes to the first classes.
     """
-    labels = torch.arange(num_classes).repeat_interleave(-(-count // num_classes))
-    if count % num_classes:
-        labels = torch.arange(count).remainder(num_classes).sort().values
+    labels = torch.arange(count).remainder(num_classes).sort().values
     return labels[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
 
 
@@ -91,15 +90,6 @@ def to_uint8(image: Tensor, truncate: bool = False) -> Tensor:
     return (scaled if truncate else scaled.round()).to(torch.uint8)
 
 
-def fingerprint(network: torch.nn.Module) -> str:
-    """A hash of a network's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
 class Sampling:
     """Images of given labels from a generator, as files. Every rank makes its part of the batches.
 
@@ -139,7 +129,7 @@ class Sampling:
         self.batch_size, self.latents, self.truncate = batch_size, latents, truncate
         self.about = {
             **(about or {}),
-            "weights_hash": fingerprint(generator.network),
+            "weights_hash": hash_of_weights(generator.network)[:32],
             "labels_hash": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:32],
             "seed": seed,
             "batch_size": batch_size,

@@ -254,7 +254,7 @@ def latent_statistics(
 def _finish(job: Job, content: dict[str, Any], seconds: float) -> dict[str, Any]:
     moments = Moments()
     records = [job.place.read(f"{RECORDS}/{part:06}.json") for part in job.parts()]
-    changed, whole = (sum(record["lost"][i] for record in records) for i in range(2))
+    changed, whole = (sum(record.get("lost", (0, 0))[i] for record in records) for i in range(2))
     content = {**content, "error": (changed / whole) ** 0.5 if whole else 0.0}
     classes = sorted({int(label) for record in records for label in record["counts"]})
     names = [str(label) for label in range(max(classes) + 1)]
