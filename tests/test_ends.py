@@ -215,8 +215,8 @@ def test_loggers_go_on_as_one_run_with_the_same_steps(shards, tmp_path, monkeypa
     settings["trainer"]["max_duration"] = "6ba"
     train_here(settings)
     wandb_file(tmp_path / "run")
-    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "run/wandb").glob("offline-run-*")}
-    assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 2 and len(ids) == 1
+    parts = list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))  # two folders of one second get a suffix
+    assert len(parts) == 2 and len({part.name for part in parts}) == 1
     events = EventAccumulator(str(tmp_path / "tb/run")).Reload()
     records = metrics_of(tmp_path / "run")
     for name in ("loss/train/l1", "lr/decoder", "gradient/decoder", "metrics/eval/psnr"):
@@ -229,5 +229,5 @@ def test_loggers_go_on_as_one_run_with_the_same_steps(shards, tmp_path, monkeypa
     settings["trainer"] |= {"load_path": str(tmp_path / "run"), "max_duration": "7ba"}
     train_here(settings)
     wandb_file(tmp_path / "other")
-    (other,) = (tmp_path / "other/wandb").glob("offline-run-*")
-    assert other.name.rpartition("-")[2] not in ids
+    (other,) = (tmp_path / "other/wandb").glob("offline-run-*/run-*.wandb")
+    assert other.name != parts[0].name
