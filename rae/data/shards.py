@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,14 @@ def _read(url: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = on_disk(url, Path(folder, "file"))
         return json.loads(path.read_text()) if path else None
+
+
+def class_names(urls: Iterable[str]) -> list[str]:
+    """What labels are called, in order: what the data sets' own summaries say, if all say the same; otherwise []."""
+    summaries = [_read(f"{url.rstrip('/')}/{SUMMARY}") or {} for url in urls]
+    told = [summary.get("classes") for summary in summaries if isinstance(summary, dict)]
+    names = told[0] if told and all(each == told[0] for each in told) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def read_index(url: str) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class DiffusionModel(RunModel, ComposerModel):
         network: a plugin of kind ``network``.
         num_classes: of labels; 0 trains without them.
         label_dropout: how often a label is left out, for classifier-free guidance.
-        class_names: of labels, in order.
+        class_names: of labels, in order; by default those that the training data give.
         flow, times: plugins of these kinds; the shift follows from the latents' size.
         sampler, guidance: how evaluation, pictures and an export sample if nothing else is said.
         activation_checkpointing: compute each block's activations again in the backward pass.
@@ -119,6 +119,8 @@ class DiffusionModel(RunModel, ComposerModel):
         checked: bool = True,
     ):
         super().__init__()
+        if num_classes and len(class_names) > num_classes:
+            raise UserError(f"model.diffusion.num_classes: {num_classes} is too few for {len(class_names)} class names")
         frozen = open_autoencoder(autoencoder, image_size)
         self.image_size, self.latent_shape = image_size, frozen.latent_shape
         self.label_dropout, self.checked = label_dropout, checked
@@ -161,9 +163,11 @@ class DiffusionModel(RunModel, ComposerModel):
         self.seed, self.step = seed, step
 
     def check_data(self, images: Dataset) -> str:
-        if not self.checked:
-            return ""
-        return check_autoencoder(self.rae, images, "model.diffusion.autoencoder")
+        said = [check_autoencoder(self.rae, images, "model.diffusion.autoencoder")] if self.checked else []
+        named, classes = len(self.generator.classes), self.generator.num_classes
+        if 0 < named < classes:
+            said.append(f"model.diffusion.num_classes is {classes:,}, and the data have {named:,} classes")
+        return "; ".join(said)
 
     @torch.no_grad()
     def latent_of(self, batch: dict[str, Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from rae.data.decoding import eval_transform
 from rae.data.images import batches, with_bar
 from rae.data.loaders import start_worker
 from rae.data.parts import Job, Options, PartWriter, finish
-from rae.data.shards import RECORDS, Place
+from rae.data.shards import RECORDS, Place, class_names
 from rae.diffusion.model import open_autoencoder
 from rae.exchange.places import local_file
 from rae.survival.processes import barrier, of_first_rank, opening, rank, world_size
@@ -111,7 +111,9 @@ def write_latents(
     for part in with_bar(mine, "encoding"):
         _write_part(job, part, columns, encoder, loader, DTYPES[dtype], device, flips)
     barrier()
-    summary = _finish(job, content, time.perf_counter() - began) if rank() == 0 else {}
+    summary = (
+        _finish(job, getattr(config.data, split).path, content, time.perf_counter() - began) if rank() == 0 else {}
+    )
     barrier()
     return summary
 
@@ -251,17 +253,22 @@ def latent_statistics(
     return moments.on_cpu().statistics(), moments.count
 
 
-def _finish(job: Job, content: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _finish(job: Job, source: str, content: dict[str, Any], seconds: float) -> dict[str, Any]:
     moments = Moments()
     records = [job.place.read(f"{RECORDS}/{part:06}.json") for part in job.parts()]
     changed, whole = (sum(record.get("lost", (0, 0))[i] for record in records) for i in range(2))
     content = {**content, "error": (changed / whole) ** 0.5 if whole else 0.0}
-    classes = sorted({int(label) for record in records for label in record["counts"]})
-    names = [str(label) for label in range(max(classes) + 1)]
     with tempfile.TemporaryDirectory(dir=job.place.scratch(), prefix="part-") as folder:
         for part in job.parts():
             file = local_file(f"{job.place.here}/{RECORDS}/{part:06}.pt", Path(folder))
             moments.merge(Moments(**torch.load(file)))
         torch.save(moments.statistics(), Path(folder, STATS))
         job.place.move(Path(folder, STATS), STATS)
-    return finish(job.place, records, names, content, seconds)
+    return finish(job.place, records, _names(source, records), content, seconds)
+
+
+def _names(source: str, records: list[dict[str, Any]]) -> list[str]:
+    """What labels are called: what the images' data set says, or their numbers."""
+    count = 1 + max(int(label) for record in records for label in record["counts"])
+    known = class_names([source])
+    return known if len(known) >= count else [str(label) for label in range(count)]

@@ -72,10 +72,10 @@ PARTS = (
         ("model",),
     ),
     Part(
-        "`model.encoder`, `model.decoder`, the kind of model",
+        "`model.encoder`, `model.decoder`, a generator's `network` and `num_classes`, the kind of model",
         "error",
         "if they are others; where weights lie, and what is only computed otherwise, may change",
-        ("model.encoder", "model.decoder"),
+        ("model.encoder", "model.decoder", "model.diffusion.network", "model.diffusion.num_classes"),
     ),
     Part("`freeze`", "error", "if it is another", ("freeze",)),
     Part("`data.image_size`", "YAML", "the decoder's fixed positions are computed anew", ("data.image_size",)),
@@ -117,6 +117,7 @@ PARTS = (
     ),
 )
 """The whole table; docs/surviving.md shows it."""
+_GENERATORS = ("model.diffusion", "model.diffusion.network")
 _QUIET = ("data.train.cache",)
 _TOLD = ("trainer.precision", "trainer.device_train_microbatch_size")
 
@@ -171,7 +172,7 @@ def check_course(before: dict[str, Any], config: Config, name: str) -> None:
         UserError: the first part that has to be as it was, and is not.
     """
     for key, part, was, wanted in differing(before, config.model_dump()):
-        kept = "" if key in ("model", "model.decoder") else ", with begin_from for its weights"
+        kept = "" if key in ("model", "model.decoder", *_GENERATORS) else ", with begin_from for its weights"
         raise UserError(
             f"{key}: checkpoint {name} is of {part} {was}, not {wanted}; give another run_name and run_dir{kept}"
         )
@@ -181,7 +182,7 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str
     """What of two configurations makes them those of different models: key, what of it, and its two values."""
     for key, essence in _ESSENCES.items():
         parent = key.rpartition(".")[0] or key
-        if None in (_below(before, parent), _below(now, parent)):
+        if None in (_below(before, parent), _below(now, parent)) or (key in _GENERATORS and not _below(now, key)):
             continue
         was, wanted = (essence(_below(tree, key)) for tree in (before, now))
         for part, value in wanted.items():
@@ -245,6 +246,11 @@ _ESSENCES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "model": _model,
     "model.encoder": _plugin("encoder"),
     "model.decoder": _sizes,
+    "model.diffusion": lambda settings: {
+        "classes": settings.get("num_classes", 1000),
+        "a label for no class": settings.get("label_dropout", 0.1) > 0,
+    },
+    "model.diffusion.network": _plugin("network"),
     "freeze": lambda names: {"parts": sorted(names or [])},
     "optimizer": _plugin("optimizer", "adamw", alone=True),
     "algorithms.adversarial.discriminator": _plugin("discriminator", "dino", "weights"),

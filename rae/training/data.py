@@ -1,6 +1,7 @@
 """A run's data: what its configuration names, opened, as loaders and evaluators."""
 
 import hashlib
+import inspect
 import json
 import logging
 import re
@@ -12,14 +13,15 @@ from composer import Evaluator, Trainer
 
 from rae.algorithms.ema import LIVE_SUFFIX
 from rae.config.errors import UserError
-from rae.config.sections import Config, TrainData
+from rae.config.registry import find
+from rae.config.sections import Config, Model, TrainData
 from rae.data.dataset import ImageDataset, indexed, open_stream
 from rae.data.decoding import Transform, eval_transform, flipping, train_transform
 from rae.data.loaders import Ledger, eval_loader, train_loader
-from rae.data.shards import content_hash
+from rae.data.shards import class_names, content_hash
 from rae.evaluation.frechet import Reference, refer
 from rae.model import RunModel
-from rae.survival.processes import opening, rank, world_size
+from rae.survival.processes import of_first_rank, opening, rank, world_size
 from rae.survival.storage import RemoteFolder
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,20 @@ def _train_transform(source: TrainData, image_size: int) -> Transform:
     if source.crop == "random":
         return train_transform(image_size, source.resize, source.flip)
     return flipping(eval_transform(image_size)) if source.flip else eval_transform(image_size)
+
+
+def name_classes(config: Config) -> None:
+    """Tell a model that asks for ``class_names`` what the training data call their labels. A collective call.
+
+    The names become settings of the run: they travel with its checkpoints and exports.
+    """
+    if isinstance(config.model, Model):
+        return
+    ((name, arguments),) = config.model.items()
+    if "class_names" in inspect.signature(find("model", name, "model")).parameters and "class_names" not in arguments:
+        sources = [source.path for source in config.data.training.values()]
+        if names := of_first_rank(class_names(sources) if rank() == 0 else None):
+            arguments["class_names"] = names
 
 
 def fit_data(model: RunModel, loader: Any, begins: bool) -> None:

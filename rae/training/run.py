@@ -17,6 +17,7 @@ from rae.survival.processes import rank
 from rae.survival.signals import undisturbed
 from rae.training.build import build_trainer, initialize
 from rae.training.checks import check
+from rae.training.data import name_classes
 from rae.training.saving import alone, folder_alone
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def train(config: Config) -> Trainer:
     for message in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=message)
     initialize(config)
+    name_classes(config)
     with alone(config.run_dir, "run_dir"), folder_alone(config):
         trainer = build_trainer(config)
         checkpointers = [c for c in trainer.state.callbacks if isinstance(c, Checkpointer)]
