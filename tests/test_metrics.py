@@ -16,7 +16,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from rae.autoencoder.model import RAEModel
 from rae.autoencoder.rae import quantize
 from rae.config.errors import UserError
-from rae.evaluation.frechet import FrechetDistance, frechet, frechet_distance, rfid
+from rae.evaluation.frechet import FrechetDistance, frechet, frechet_distance, rfid, sfid
 from rae.evaluation.metrics import build_metrics, color_bias, lpips, psnr, ssim, verdict
 from tests.forks import run_ranks
 
@@ -173,6 +173,21 @@ def test_rfid_has_the_moments_of_torch_fidelitys_features(inception):
     assert features.std() > 0.01
     assert np.allclose(mean, features.mean(0), rtol=1e-4, atol=1e-5 * features.max())
     assert np.abs(cov.numpy() - np.cov(features, rowvar=False)).max() < 1e-4 * float(cov.abs().max())
+
+
+def test_sfid_is_of_seven_channels_where_they_are(inception):
+    path, theirs = inception
+    recon, image = images(3, size=40)
+    seen = []
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda layer, inputs, maps: seen.append(maps))
+    theirs((recon * 255).round().to(torch.uint8))
+    metric, other = sfid(str(path)), rfid(str(path))
+    for each in (other, metric):  # which share one pass
+        each.update(recon, image)
+    expected = seen[0][:, :7].permute(0, 2, 3, 1).reshape(3, 17 * 17 * 7).double().sum(0)
+    assert expected.std() > 0.01
+    assert torch.allclose(metric.fake_features_sum, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+    assert metric.num_features == 2023
 
 
 def test_another_networks_file_is_no_inception(tmp_path):

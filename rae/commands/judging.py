@@ -62,6 +62,8 @@ def judge(
             frechet = next((m for m in metrics.values() if hasattr(m, "means")), None)
             if frechet is not None and looks_like_noise(source.generator, frechet):  # type: ignore[arg-type]
                 notes = [f"{source.name}: {NOISE}"]
+        if against and any(hasattr(metric, "means") for metric in metrics.values()):
+            said += against.few(about["images"])
         ways = {key: better(metric) for key, metric in metrics.items()}
         results.append(Evaluated(label, name, about, {0.0: figures}, ways, notes))
         said += notes

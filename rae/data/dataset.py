@@ -171,6 +171,10 @@ class ImageDataset(Shards):
                 continue
         raise DataError(f"no sample of the data set decodes; the first fault: {fault}")
 
+    def stored(self, sample_id: int) -> dict[str, Any]:
+        """A sample's columns as they are stored."""
+        return super().get_item(sample_id)
+
     def _read(self, sample_id: int, retry: int) -> dict[str, Any]:
         sample_id = int(sample_id)
         shard_id, place = self.place(sample_id)

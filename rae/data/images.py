@@ -1,5 +1,6 @@
 """Images for evaluation, from files, folders, buckets or shards alike; this rank's part of them in batches."""
 
+import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -7,6 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -57,6 +60,9 @@ class _Files(Dataset):
             raise DataError(f"{name} of {self.place} cannot be used: {first_line(error)}") from error
         return {"image": image, "label": label, "name": name, "index": index}
 
+    def short_side(self) -> int:
+        return _short_side_of(self.source[0][1])
+
 
 class _Shards(Dataset):
     """MDS shards as crops; see :func:`open_images`."""
@@ -78,6 +84,9 @@ class _Shards(Dataset):
                 f"{sample['name']} is stored as a crop of {side} pixels, where {self.image_size} are wanted"
             )
         return {key: sample[key] for key in ("image", "label", "name", "index")}
+
+    def short_side(self) -> int:
+        return _short_side_of(self.dataset.stored(0)["image"])
 
 
 def open_images(path: str, image_size: int, cache: str | Path | None = None, limit: int | None = None) -> Dataset:
@@ -142,6 +151,20 @@ def _open_shards(path: str, image_size: int, cache: str | Path | None) -> _Shard
     if any("image" not in shard.column_names for shard in images.shards):
         raise UserError(f"{path!r} holds latents without images")
     return _Shards(images, image_size, temporary)
+
+
+def short_side(images: Dataset) -> int:
+    """Of the first image, as it is stored, in pixels."""
+    while isinstance(images, Subset):
+        images = images.dataset
+    try:
+        return images.short_side()  # type: ignore[attr-defined]
+    except OSError:
+        return int(images[0]["image"].shape[1])  # which names an image that does not decode
+
+
+def _short_side_of(data: bytes | np.ndarray) -> int:
+    return min(data.shape[-2:]) if isinstance(data, np.ndarray) else min(Image.open(io.BytesIO(data)).size)
 
 
 def batches(images: Dataset, batch_size: int, workers: int, title: str = "") -> Iterator[dict[str, Any]]:

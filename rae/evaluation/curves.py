@@ -8,20 +8,32 @@ from rae.survival.storage import written
 
 PANELS = {  # title -> names in metrics.jsonl
     "reconstruction losses": ["loss/train/total", "loss/train/l1", "loss/train/perceptual", "loss/train/lpips"],
+    "flow matching loss": ["loss/train/flow"],
     "discriminator": ["discriminator/loss", "discriminator/accuracy"],
     "logits": ["discriminator/logits_real", "discriminator/logits_fake"],
     "GAN term": ["loss/train/gan", "gan/adaptive_weight"],
     "gradients at the reconstruction": [f"gradient/{n}" for n in ("l1", "mse", "perceptual", "lpips", "gan")],
     "the decoder's gradient": ["gradient/decoder"],
+    "the network's gradient": ["gradient/network"],
     "the GAN's share in the update": ["gan/share"],
-    "learning rates": ["lr/decoder", "lr/discriminator"],
+    "learning rates": ["lr/decoder", "lr/network", "lr/discriminator"],
     "PSNR (dB)": ["metrics/eval/psnr", "metrics/eval_live/psnr"],
     "SSIM": ["metrics/eval/ssim", "metrics/eval_live/ssim"],
     "feature distances": ["metrics/eval/lpips", "metrics/eval/feature_distance", "metrics/eval_live/feature_distance"],
-    "Fréchet distances": ["metrics/eval/rfid", "metrics/eval/frechet", "metrics/eval_live/frechet"],
+    "Fréchet distances": [
+        "metrics/eval/rfid",
+        "metrics/eval/gfid",
+        "metrics/eval/frechet",
+        "metrics/eval_live/frechet",
+    ],
 }
 
-LOGARITHMIC = ("reconstruction losses", "gradients at the reconstruction", "the decoder's gradient")
+LOGARITHMIC = (
+    "reconstruction losses",
+    "flow matching loss",
+    "gradients at the reconstruction",
+    "the decoder's gradient",
+)
 
 
 def plot(run_dir: str) -> Path:

@@ -229,7 +229,7 @@ def frechet_distance(mean: Tensor, cov: Tensor, other_mean: Tensor, other_cov: T
 
 
 class _Inception(nn.Module):
-    """Inception's pooled features and its logits, of images that it has just seen computed once for all who ask."""
+    """Inception's features and logits, of images that it has just seen computed once for all who ask."""
 
     def __init__(self, weights: str | None):
         super().__init__()
@@ -237,22 +237,43 @@ class _Inception(nn.Module):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
-        self.seen: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+        self.image: Tensor | None = None
+        self.seen: dict[str, Tensor] = {}
 
-    def both(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, 2048) and logits (B, 1008)."""
-        if self.seen is None or self.seen[0] is not image:
-            self.seen = (image, self.network((image * 255).round().to(torch.uint8)))
-        return self.seen[1]
+    def _keep(self, layer: nn.Module, inputs: Any, maps: Tensor) -> None:
+        self.maps = maps[:, :7]
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.both(image)[0]
+    def of(self, image: Tensor) -> dict[str, Tensor]:
+        """{pooled (B, 2048), logits (B, 1008), spatial (B, 17·17·7)}; the last in the order of TensorFlow's memory."""
+        if self.image is not image:
+            pooled, logits = self.network((image * 255).round().to(torch.uint8))
+            spatial = self.maps.permute(0, 2, 3, 1).flatten(1)
+            self.image, self.seen = image, {"pooled": pooled, "logits": logits, "spatial": spatial}
+        return self.seen
 
 
-def inception(weights: str | None, where: str) -> _Inception:
-    """torch-fidelity's Inception; one for all who ask for the same weights.
+class InceptionOutput(nn.Module):
+    """One output of Inception: see :func:`inception`.
 
     Args:
+        network: shared with others.
+        name: ``pooled``, ``logits`` or ``spatial``.
+    """
+
+    def __init__(self, network: _Inception, name: str):
+        super().__init__()
+        self.network, self.name = network, name
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network.of(image)[self.name]
+
+
+def inception(weights: str | None, where: str, output: str = "pooled") -> InceptionOutput:
+    """An output of torch-fidelity's Inception, which is one for all who ask for the same weights.
+
+    Args:
+        output: ``pooled`` (2048 features), ``logits`` (1008), or ``spatial`` (2023).
         weights: torch-fidelity's file; None downloads it.
         where: what asks, for messages.
 
@@ -267,7 +288,7 @@ def inception(weights: str | None, where: str) -> _Inception:
     if path:
         read_state_dict(path)  # torch-fidelity would run code that a file holds; this refuses such a file
     try:
-        return _inception(str(path) if path else None)
+        return InceptionOutput(_inception(str(path) if path else None), output)
     except RuntimeError as error:
         raise UserError(f"{where}: the tensors in {weights} are not those of torch-fidelity's Inception") from error
     except URLError as error:
@@ -289,6 +310,16 @@ def rfid(weights: str | None = None) -> Metric:
         weights: torch-fidelity's Inception file; None downloads it.
     """
     return FrechetDistance(inception(weights, "rfid"), 2048, "inception-v3-compat 2048")
+
+
+@register("metric", "sfid")
+def sfid(weights: str | None = None) -> Metric:
+    """sFID (arXiv 2103.03841): as FID, of features that keep their places: 7 channels of Inception's Mixed_6d.
+
+    Args:
+        weights: see :func:`rfid`.
+    """
+    return FrechetDistance(inception(weights, "sfid", "spatial"), 2023, "inception-v3-compat spatial")
 
 
 class Pooled(nn.Module):

@@ -19,7 +19,7 @@ from rae.autoencoder.layers import fixed_noise
 from rae.autoencoder.rae import RAE, to_float
 from rae.config.errors import UserError
 from rae.config.registry import register
-from rae.data.images import batches, open_images, with_bar
+from rae.data.images import batches, open_images, short_side, with_bar
 from rae.diffusion.generator import Generator
 from rae.evaluation.comparison import choose_metrics
 from rae.evaluation.frechet import FrechetDistance, Pooled, Reference, inception, note_update, refer
@@ -27,6 +27,7 @@ from rae.evaluation.metrics import Metrics, Shared, build_metrics
 from rae.evaluation.sampling import SAMPLES, SETTINGS, to_uint8
 from rae.survival.processes import rank, world_size
 
+FEW = 10_000
 SPLIT = 5000
 """Images of a split of an Inception Score, in ADM's evaluation."""
 
@@ -112,15 +113,6 @@ class _Share(_OfSets):
         return precision_recall(fake, real)[self.which]
 
 
-class _Logits(nn.Module):
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.network.both(image)[1]  # type: ignore[operator]
-
-
 @register("metric", "inception_score")
 def inception_score_metric(weights: str | None = None) -> Metric:
     """Inception Score (arXiv 1606.03498), of torch-fidelity's Inception, in splits of 5,000 in order.
@@ -128,7 +120,7 @@ def inception_score_metric(weights: str | None = None) -> Metric:
     Args:
         weights: see :func:`rae.evaluation.frechet.rfid`.
     """
-    return _InceptionScore(_Logits(inception(weights, "inception_score")))
+    return _InceptionScore(inception(weights, "inception_score", "logits"))
 
 
 def _register_share(name: str, which: int, told: str) -> None:
@@ -196,21 +188,26 @@ def open_samples(path: str, limit: int | None = None) -> tuple[Dataset, int] | N
     return open_images(f"{path}/{SAMPLES}", size, limit=limit), size
 
 
-def _read_npz(path: str) -> tuple[np.ndarray | None, dict[str, Tensor] | None]:
+def _read_npz(path: str) -> tuple[np.ndarray | None, dict[int, dict[str, Tensor]]]:
+    """Images, or None, and moments by their number of features."""
+    moments = {}
     try:
         with np.load(path) as file:  # without pickles, which can run code
             images = file.get("arr_0")
-            known = {name: torch.from_numpy(file[name]).double() for name in ("mu", "sigma") if name in file}
+            for names in (("mu", "sigma"), ("mu_s", "sigma_s")):
+                if all(name in file for name in names):
+                    mean, covariance = (torch.from_numpy(file[name]).double() for name in names)
+                    moments[len(mean)] = _moments_of(mean, covariance)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: it cannot be read: {error}") from error
     if images is not None and (images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8):
         raise UserError(f"{path}: arr_0 must be images, uint8 (N, S, S, 3), not {images.dtype} {images.shape}")
-    if len(known) < 2:
-        return images, None
-    mean = known["mu"]
-    # Sums of two samples that have this mean and covariance.
-    outer = known["sigma"] + 2 * torch.outer(mean, mean)
-    return images, {"sum": 2 * mean, "outer": outer, "count": torch.tensor(2)}
+    return images, moments
+
+
+def _moments_of(mean: Tensor, covariance: Tensor) -> dict[str, Tensor]:
+    """Sums of two samples that have this mean and covariance."""
+    return {"sum": 2 * mean, "outer": covariance + 2 * torch.outer(mean, mean), "count": torch.tensor(2)}
 
 
 class Against:
@@ -226,29 +223,43 @@ class Against:
     """
 
     def __init__(self, path: str, image_size: int, limit: int | None = None):
-        self.path, self.image_size, self.moments = path, image_size, None
+        self.path, self.image_size = path, image_size
+        self.moments: dict[int, dict[str, Tensor]] = {}
         self.images: Dataset | None
+        if any((Path(path) / place / SETTINGS).is_file() for place in (".", "..")):
+            raise UserError(f"{path}: these images are generated, and no reference")
         if path.endswith(".npz"):
             array, self.moments = _read_npz(path)
             if array is not None and array.shape[1] != image_size:
                 raise UserError(f"{path}: its images have {array.shape[1]} pixels a side, the generated {image_size}")
             self.images = None if array is None else _Array(array[:limit])
         else:
-            if any((Path(path) / place / SETTINGS).is_file() for place in (".", "..")):
-                raise UserError(f"{path}: these images are generated, and no reference")
             self.images = open_images(path, image_size, limit=limit)
+            side = short_side(self.images)
+            if side < image_size:
+                raise UserError(f"{path}: its first image has {side} pixels a side, the generated have {image_size}")
 
     def prepare(self, metrics: Metrics, device: str, known: dict[str, Reference]) -> None:
         """Let Fréchet distances use what is known of it. A collective call."""
-        if self.images is not None and self.moments is None:
+        if self.images is not None and not self.moments:
             refer(metrics.values(), self.images, self.path, self.image_size, device, known)
         for name, metric in metrics.items():
-            if self.moments is None or not isinstance(metric, FrechetDistance):
+            if not self.moments or not isinstance(metric, FrechetDistance):
                 continue
-            if metric.num_features != len(self.moments["sum"]):
-                raise UserError(f"{name}: {self.path} has moments of {len(self.moments['sum'])} features, not of these")
-            metric.reference = known.setdefault(f"{self.path} moments", Reference(2))
-            metric.reference.moments = self.moments
+            count = metric.num_features
+            if count not in self.moments:
+                told = ", ".join(map(str, self.moments))
+                raise UserError(f"{name}: {self.path} has moments of {told} features, not of its {count}")
+            metric.reference = known.setdefault(f"{self.path} moments {count}", Reference(2))
+            metric.reference.moments = self.moments[count]
+
+    def few(self, count: int) -> list[str]:
+        """What is to be said of Fréchet distances of this many generated images: nothing, if they are enough."""
+        real = len(self.images) if self.images is not None and not self.moments else FEW  # type: ignore[arg-type]
+        if min(count, real) >= FEW:
+            return []
+        told = f"{count:,} images" + (f" against {real:,}" if real < FEW else "")
+        return [f"a Fréchet distance of {told} is higher than one of 50,000: compare it with one of as many"]
 
     def needed_by(self, metrics: Metrics) -> Metrics:
         """The metrics that its images are to be shown to."""
@@ -365,8 +376,8 @@ def choose_figures(wanted: list[str] | None, known: dict[str, Any], image_size: 
     """The metrics of generated images, and what is to be said of them.
 
     Args:
-        wanted: names, or plugins as text; None takes those that are known, or, where none are, gFID, Inception Score,
-            precision and recall: on features that a package holds where Inception's weights cannot be had.
+        wanted: names, or plugins as text; None takes those that are known, or, where none are, gFID, sFID, Inception
+            Score, precision and recall: on features that a package holds where Inception's weights cannot be had.
         known: a run's metrics.
 
     Raises:
@@ -375,7 +386,8 @@ def choose_figures(wanted: list[str] | None, known: dict[str, Any], image_size: 
     said: list[str] = []
     if wanted is None and not known:
         try:
-            metrics = build_metrics({"gfid": {}, "inception_score": {}, "precision": {}, "recall": {}}, image_size)
+            names = ("gfid", "sfid", "inception_score", "precision", "recall")
+            metrics = build_metrics({name: {} for name in names}, image_size)
         except UserError as error:
             metrics = build_metrics({"frechet": _LITE2, "precision": _LITE2, "recall": _LITE2}, image_size)
             told = "frechet, precision and recall on features of tf_efficientnet_lite2 take their place"

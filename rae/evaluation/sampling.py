@@ -5,11 +5,13 @@ A folder of them::
     samples/000000.png     the image of number 0, and so on
     latents/000000.safetensors   those of the batch that begins with number 0, if asked for: what the encoder would give
     samples.npz            all of them, in ADM's layout (arr_0: uint8 (N, S, S, 3), arr_1: labels), if asked for
+    labels.csv             each image's class: file, label (−1: none), class
     grid.png, index.html   a few of every class
     sampling.json          of what, and how, they are
 """
 
 import base64
+import csv
 import hashlib
 import io
 import json
@@ -35,10 +37,8 @@ from rae.evaluation.frechet import hash_of_weights
 from rae.evaluation.pictures import to_picture
 from rae.survival.processes import barrier, of_first_rank, rank, world_size
 
-SAMPLES, LATENTS, ARRAY, GRID, PAGE, SETTINGS = (
-    *("samples", "latents", "samples.npz"),
-    *("grid.png", "index.html", "sampling.json"),
-)
+SAMPLES, LATENTS, ARRAY, LABELS = "samples", "latents", "samples.npz", "labels.csv"
+GRID, PAGE, SETTINGS = "grid.png", "index.html", "sampling.json"
 
 
 def balanced_labels(count: int, num_classes: int, seed: int = 0) -> Tensor:
@@ -160,6 +160,12 @@ class Sampling:
             return ""
         if any((self.folder / SAMPLES).iterdir()):
             return f"{self.folder}: it holds files of another program; give another folder"
+        rows = io.StringIO(newline="")
+        table = csv.writer(rows)
+        table.writerow(["file", "label", "class"])
+        for number, label in enumerate(self.labels.tolist()):
+            table.writerow([self.file(number).relative_to(self.folder), label, self._name(label)])
+        _write(self.folder / LABELS, rows.getvalue().encode())
         _write(file, (json.dumps(self.about, indent=2) + "\n").encode())
         return ""
 
