@@ -191,6 +191,31 @@ def test_the_command_samples(trained, tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
+def test_classes_are_called_what_the_data_call_them(trained, tmp_path, capsys):
+    assert rae.load(str(trained)).classes == ["a", "b"]
+    main(["export", str(trained), str(tmp_path / "export")])
+    main(["sample", str(tmp_path / "export"), str(tmp_path / "out"), "--num", "3", "--classes", "b"])
+    rows = (tmp_path / "out/labels.csv").read_text().split()
+    assert rows == ["file,label,class", *(f"samples/00000{number}.png,1,b" for number in range(3))]
+    with pytest.raises(SystemExit):
+        main(["sample", str(trained), str(tmp_path / "other"), "--classes", "c"])
+    assert "there is no class 'c'; write equal, random, none, 0 to 2, a, b" in capsys.readouterr().err
+
+
+def test_a_generator_goes_on_as_itself(shards, trained, tmp_path):
+    shutil.copytree(trained / "checkpoints", tmp_path / "run/checkpoints")
+    for change, line in (
+        ({"network": {"lightningdit": {"embed_dim": 48, "depth": 2, "num_heads": 4}}}, "of network DiTDH, not Lightn"),
+        ({"num_classes": 5}, "model.diffusion: .* is of classes 3, not 5; give another run_name"),
+        ({"label_dropout": 0.0}, "is of a label for no class True, not False"),
+    ):
+        settings = generator_settings(shards, tmp_path / "run")
+        settings["trainer"]["max_duration"] = "3ep"
+        settings["model"]["diffusion"] |= change
+        with pytest.raises(UserError, match=line):
+            train_here(settings)
+
+
 def test_a_guide_of_another_run(trained, tmp_path):
     auto = f"{{autoguidance: {{guide: {trained}, scale: 2.0}}}}"
     main(["sample", str(trained), str(tmp_path / "a"), "--num", "2", "--guidance", auto])
@@ -214,6 +239,7 @@ def test_the_command_measures(shards, trained, tmp_path, capsys):
     told = capsys.readouterr()
     assert f"against{reference}" in "".join(told.out.split())
     assert "as far from real ones as decoded noise" in told.err  # ten steps are not enough
+    assert "a Fréchet distance of 12 images against 12 is higher than one of 50,000" in told.err
     main(["evaluate", str(tmp_path / "kept"), *words[2:], "--metrics", f"frechet: {json.dumps(LITE0)}"])
     again = figures_in(tmp_path / "figures.json")["sources"][0]
     assert again["noise_tau"]["0"]["frechet"] == pytest.approx(found["noise_tau"]["0"]["frechet"], rel=1e-9)
@@ -248,7 +274,8 @@ def test_references_in_adms_layout(tmp_path):
     torch.manual_seed(0)
     metric = build_metrics({"frechet": LITE0}, 64)["frechet"]
     features = torch.rand(50, metric.num_features, dtype=torch.float64)
-    np.savez(tmp_path / "adm.npz", mu=features.mean(0), sigma=features.T.cov())
+    pooled = {"mu": torch.zeros(7), "sigma": torch.eye(7)}
+    np.savez(tmp_path / "adm.npz", mu_s=features.mean(0), sigma_s=features.T.cov(), **pooled)
     against = Against(str(tmp_path / "adm.npz"), 64)
     against.prepare({"frechet": metric}, "cpu", {})
     fake = torch.rand(20, 3, 64, 64).mul(255).to(torch.uint8)
@@ -256,9 +283,16 @@ def test_references_in_adms_layout(tmp_path):
     seen = metric.inception(fake / 255).double()
     expected = frechet_distance(seen.mean(0), seen.T.cov(), features.mean(0), features.T.cov())
     assert found["frechet"] == pytest.approx(float(expected), rel=1e-6)
+    np.savez(tmp_path / "adm.npz", **pooled)
+    against = Against(str(tmp_path / "adm.npz"), 64)
+    with pytest.raises(UserError, match=r"frechet: .*adm.npz has moments of 7 features, not of its"):
+        against.prepare({"frechet": metric}, "cpu", {})
     np.savez(tmp_path / "small.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8))
     with pytest.raises(UserError, match="its images have 32 pixels a side, the generated 64"):
         Against(str(tmp_path / "small.npz"), 64)
+    Image.new("RGB", (40, 60)).save(tmp_path / "small.png")
+    with pytest.raises(UserError, match="its first image has 40 pixels a side, the generated have 64"):
+        Against(str(tmp_path / "small.png"), 64)
 
 
 def test_an_export_with_everything_stands_alone(trained, tmp_path, capsys):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from streaming.base.shared.prefix import _pack_locals
 
+from rae.__main__ import main
 from rae.config.errors import UserError
 from rae.survival.checkpoints import age
 from rae.survival.processes import RunLock, remove_dead_segments
@@ -23,6 +24,7 @@ from tests.conftest import (
     ROOT,
     assert_same_state,
     figures,
+    generator_settings,
     layout_settings,
     load_newest,
     make_shards,
@@ -154,6 +156,39 @@ def test_a_new_machine_needs_the_bucket_alone(shards, undisturbed, bucket, tmp_p
     train_here(settings)
     assert "is finished (2ep)" in caplog.text
     assert not (tmp_path / "machine/metrics.jsonl").exists()
+
+
+def test_a_generator_needs_the_bucket_alone(shards, undisturbed, bucket, tmp_path, monkeypatch):
+    """Two sharded ranks on a mixture, autoencoder and checkpoints in the bucket; a rank and the disk are lost."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    main(["export", str(undisturbed), "s3://images/autoencoder"])
+
+    def settings_of(name: str) -> dict:
+        settings = generator_settings(shards, tmp_path / name) | {"parallelism": "fsdp"}
+        settings["model"]["diffusion"]["autoencoder"] = "s3://images/autoencoder"
+        parts = {
+            key: {"path": str(shards / key), "proportion": share} for key, share in (("train", 0.75), ("eval", 0.25))
+        }
+        settings["data"] |= {"train": {"streams": parts, "resize": 72}, "eval": None}
+        settings["metrics"] = {}
+        settings["loggers"]["wandb"] = {"project": "p"}
+        settings["trainer"] |= {
+            "save_folder": f"s3://images/runs/{name}",
+            "save_interval": "2ba",
+            "max_duration": "4ep",
+        }
+        return settings
+
+    bucket_of = "s3://images/runs"
+    train_ranks(settings_of("whole"), tmp_path / "first")
+    process = start(settings_of("killed"), tmp_path / "second", ranks=2)
+    wait_for(process, lambda: sealed(bucket, "runs/killed/"))
+    launched = [child.pid for child in psutil.Process(process.pid).children()]
+    os.kill(launched[1], signal.SIGKILL)
+    assert end(process) != 0
+    shutil.rmtree(tmp_path / "killed")
+    train_ranks(settings_of("killed"), tmp_path / "second")
+    assert_same_state(f"{bucket_of}/whole", f"{bucket_of}/killed", tensors=60)
 
 
 def test_a_server_that_goes_away(shards, bucket, tmp_path):

@@ -67,12 +67,20 @@ LOADING
 ## Figures
 
 {% if figures -%}
+{% if generator -%}
+The evaluation of the training run with these weights: an image was generated for the label of each image of the data,
+as is said above, rounded to 8 bits, and all were compared with the data's.
+{%- else -%}
 The evaluation of the training run with these weights, on images rounded to 8 bits:
+{%- endif %}
 
 | data | {{ metrics | join(" | ") }} |
 | --- |{{ " --- |" * metrics | length }}
 {% for label, values in figures.items() -%}
 | {{ label }} |{% for metric in metrics %} {{ values[metric] if metric in values else "–" }} |{% endfor %}
+{% endfor %}
+{% for line in measured -%}
+- {{ line }}
 {% endfor %}
 {%- else -%}
 None are known of these weights. `python -m rae evaluate` measures them.
@@ -136,6 +144,7 @@ def model_card(
         name=about.name,
         figures=figures,
         metrics=sorted({metric for values in figures.values() for metric in values}),
+        measured=_measured(config) if config else [],
         training=_training(config) if config else "",
         included=included,
         **told,
@@ -197,6 +206,16 @@ def _facts(network: nn.Module, about: Exported) -> dict[str, str]:
         "weights": stated.get(about.weights, "as they were given"),
         "trained for": moment or "unknown",
     }
+
+
+def _measured(config: Config) -> list[str]:
+    """What the evaluation data of a run are, and what its metrics are."""
+    data = {where.rpartition(".")[2]: each for where, each in config.data.evaluation.items()}
+    told = [
+        f"`{name}` is {each.path}" + (f", {each.limit:,} images" if each.limit else "") for name, each in data.items()
+    ]
+    metrics = {name: given for name, given in config.metrics.items() if given}
+    return [*told, *(f"`{name}`: {flow(given)}" for name, given in metrics.items())]
 
 
 def _training(config: Config) -> str:
