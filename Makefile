@@ -1,4 +1,4 @@
-# make test: lint, types, tests.  make demo: train an autoencoder on photographs, in minutes.
+# make test: lint, types, tests.  make demo: both stages, from photographs to generated digits, in minutes.
 # make bench-data: speed of loading and conversion, beside others'.
 PYTHON ?= python3
 VENV ?= .venv

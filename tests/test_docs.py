@@ -6,6 +6,7 @@ In a guide, a block that begins with ```` ```bash run ```` is run as it stands, 
 import argparse
 import ast
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -16,12 +17,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import rae
 from rae.__main__ import main
 from rae.config import registry
 from rae.config.loading import load_config
 from rae.config.sections import Config
 from rae.training.checks import check
-from tests.conftest import ROOT, metrics_of, run, tiny_settings, train_here, write_images
+from tests.conftest import LITE0, ROOT, metrics_of, run, tiny_settings, train_here, write_images
 from tests.test_convert import convert
 from tests.test_yamls import backbones, overrides  # noqa: F401
 
@@ -218,8 +220,29 @@ def test_error_lines_are_found():
     assert len(ERROR_LINES) > 20
 
 
-def test_the_guide_from_zero_runs_as_written(tmp_path, monkeypatch, backbones):  # noqa: F811
-    """Training by its real launcher; what Python alone runs, in this process, which spares each the imports."""
+def follow(page, tiny: dict[str, list[str]], folder, monkeypatch) -> None:
+    """Run a guide's commands: training by its real launcher; what Python alone runs in this process, without imports.
+
+    Args:
+        tiny: by YAML, what makes its networks tiny.
+    """
+    script = "".join(text for mark, text in blocks(ROOT / f"docs/{page}.md", "bash") if mark == "run")
+    for line in lines(script):
+        words = ["6" if word == "50000" else word for word in shlex.split(line)]
+        words += [more for name, overriding in tiny.items() if f"yamls/{name}.yaml" in words for more in overriding]
+        match words:
+            case ["export", *variables]:
+                for name, value in (each.split("=") for each in variables):
+                    monkeypatch.setenv(name, value.replace("s3:/", str(folder)))
+            case ["python", "-m", "rae", *rest]:
+                main(rest)
+            case ["python", script, *rest] if script.startswith("convert/"):
+                convert(script, *rest)
+            case _:
+                run(*words, cwd=folder, env={"PYTHONPATH": str(ROOT)})
+
+
+def test_the_guides_from_zero_to_a_generator_run_as_written(tmp_path, monkeypatch, backbones):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     for name in ("convert", "yamls", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -231,20 +254,20 @@ def test_the_guide_from_zero_runs_as_written(tmp_path, monkeypatch, backbones): 
         if not word.startswith(("data.train.path", "data.eval.path", "metrics."))
     ]
     tiny.append("metrics={psnr: {}, ssim: {}}")  # Inception's 2048 features take a minute each time on a CPU
-    script = "".join(text for mark, text in blocks(ROOT / "docs/own-images.md", "bash") if mark == "run")
-    for line in lines(script):
-        words = shlex.split(line)
-        words += tiny if "yamls/rae_dino_b.yaml" in words else []
-        match words:
-            case ["python", "-m", "rae", *rest]:
-                main(rest)
-            case ["python", script, *rest] if script.startswith("convert/"):
-                convert(script, *rest)
-            case _:
-                run(*words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    follow("own-images", {"rae_dino_b": tiny}, tmp_path, monkeypatch)
     made = ["look/index.html", "figures.json", "exports/photos/model.safetensors", "runs/photos/curves.png"]
     made += ["exports/stat.pt"]
     assert [name for name in made if not (tmp_path / name).is_file()] == []
+    tiny = [
+        word
+        for word in overrides("ditdh_s_dino", tmp_path, tmp_path / "runs/generator", backbones)
+        if not word.startswith(("data.train.path", "data.eval.path", "model.diffusion.autoencoder"))
+    ]
+    tiny.append(f"metrics={{frechet: {json.dumps(LITE0)}}}")
+    follow("generating", {"ditdh_s_dino": tiny}, tmp_path, monkeypatch)
+    made = ["samples/index.html", "samples/labels.csv", "figures.json", "exports/generator/autoencoder/config.json"]
+    assert [name for name in made if not (tmp_path / name).is_file()] == []
+    assert rae.load("exports/generator").classes == ["hills", "sea"]
 
 
 def test_the_plugins_of_the_guide_train(shards, tmp_path, monkeypatch, registered_for_now):

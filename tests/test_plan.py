@@ -317,8 +317,14 @@ def test_shipped_configurations_offline(name, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.chdir(ROOT)
-    overrides = SMALL + (SMALL_D if name != "rae_demo" else ["data.train.path=no/data", "data.eval.path=no/data/eval"])
-    if name.startswith("ditdh"):
+    away = ["data.train.path=no/data", "data.eval.path=no/data/eval"]  # where the demo was run
+    overrides = SMALL + (away if name.startswith("rae_demo") else SMALL_D)
+    if name == "rae_demo_digits":
+        overrides.append("begin_from=null")
+    if name == "ditdh_demo":
+        autoencoder = load_config("yamls/rae_demo_digits.yaml", []).model.model_dump(include={"encoder", "decoder"})
+        overrides = [*away, f"model.diffusion.autoencoder={json.dumps(autoencoder)}"]
+    elif name.startswith("ditdh"):
         # Named by its parts: nothing is downloaded. A run or an export is there to be opened.
         network, size = "model.diffusion.network.ditdh", 448 if name.endswith("512") else 224
         decoder = "{size: ViTB, depth: 1}"
