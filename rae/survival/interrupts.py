@@ -23,7 +23,7 @@ class _Interruption:
 
     def __init__(self, line: str, before: dict[int, Any]) -> None:
         self.line, self.before, self.owner, self.heard = line, before, os.getpid(), 0
-        self.launches = False
+        self.launches = self.said = False
         """Whether it is the launcher, which has ranks to wait for, that is interrupted."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -47,7 +47,8 @@ class _Interruption:
         os._exit(128 + self.heard)
 
     def say(self) -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" and not self.said:
+            self.said = True  # before it is: another signal may come in between
             os.write(2, f"{self.line}\n".encode())
 
 
