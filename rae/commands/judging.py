@@ -113,8 +113,9 @@ def judge_decoders(
 
     known: dict[str, Reference] = {}
     said: list[str] = []
+    chosen = {size: choose_figures(None, {}, size) for size in {source.image_size for source in opened}}
     for source, result in zip(opened, results, strict=True):
-        metrics, notes = choose_figures(None, {}, source.image_size)
+        metrics, notes = chosen[source.image_size]
         place = arguments.reference or arguments.data
         if place is None:
             raise UserError("--latents: --reference is required: what the decoded latents are compared with")

@@ -234,6 +234,32 @@ class Opener:
         raise UserError(f"{source}: {PUBLISHED}")
 
 
+class _Fetcher(Opener):
+    """Brings a source to this disk, and opens it not yet."""
+
+    def checkpoint(self, local: Path, source: str) -> str:
+        return str(local)
+
+    def exported(self, local: Path, source: str, about: Exported) -> str:
+        return str(local)
+
+    def diffusers(self, local: Path, source: str) -> str:
+        return str(local)
+
+    def file(self, source: str) -> str:
+        return source  # which is read as it comes
+
+
+def fetch(source: str, scratch: Path) -> str:
+    """Where on this disk a source can be opened: downloaded below ``scratch``, if it is in a bucket.
+
+    Raises:
+        UserError: see :func:`open_source`.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    return _Fetcher("ema", [], scratch).open(source.rstrip("/"))
+
+
 def _what_it_is(names: set[str]) -> str:
     if "index.json" in names:
         return f"a data set, not an autoencoder; {places.WOULD_DO}"

@@ -1,6 +1,8 @@
 """A run that begins with the weights of another, or of a published decoder: fine-tuning."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,9 +14,11 @@ from rae.autoencoder.backbones import check_tensors
 from rae.config.errors import UserError
 from rae.config.registry import nearest
 from rae.config.sections import BeginFrom, Config, Model
+from rae.exchange.sources import fetch
 from rae.exchange.weights import Weights, load_into, open_weights
 from rae.model import RunModel
-from rae.survival.processes import rank, world_size
+from rae.survival.processes import local_rank, rank, world_size
+from rae.survival.storage import is_remote
 from rae.training.course import differing
 from rae.training.loading import scratch_of
 from rae.training.resume import clear, on_each_node
@@ -87,6 +91,31 @@ def _keep_discriminator(weights: Weights, algorithms: list[Any]) -> None:
     hint = "make algorithms.adversarial.discriminator its own"
     check_tensors(weights.discriminator, ours.state_dict(), f"begin_from.discriminator: {weights.name}", hint)
     ours.load_state_dict(weights.discriminator)
+
+
+@contextmanager
+def autoencoder_here(config: Config) -> Iterator[Config]:
+    """The configuration to build a model by: one rank of each node has downloaded a generator's autoencoder for all.
+
+    A collective call.
+    """
+    settings, key = config.model, "model.diffusion.autoencoder"
+    named = None if isinstance(settings, Model) else settings.get("diffusion", {}).get("autoencoder")
+    if world_size() == 1 or not isinstance(named, str) or not is_remote(named):
+        yield config
+        return
+    scratch = scratch_of(config) / "autoencoder"
+
+    def make() -> str:
+        try:
+            return fetch(named, scratch)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+
+    place = on_each_node(make, key)[rank() - local_rank()]
+    changed = {"diffusion": {**settings["diffusion"], "autoencoder": place}}  # type: ignore[index]
+    yield config.model_copy(update={"model": changed})
+    clear(scratch)
 
 
 def freeze(model: RunModel, parts: list[str]) -> None:

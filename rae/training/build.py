@@ -30,7 +30,7 @@ from rae.evaluation.metrics import PerImage, build_metrics, verdict, within
 from rae.model import RunModel
 from rae.survival.checkpoints import RECORD
 from rae.survival.processes import rank
-from rae.training.beginning import begin, freeze
+from rae.training.beginning import autoencoder_here, begin, freeze
 from rae.training.compilation import check_compiler, compile_networks
 from rae.training.data import build_train_loader, evaluators, fit_data, open_eval, record_of, refer_all
 from rae.training.loading import Start, explained, find_start, go_on, loading
@@ -119,7 +119,8 @@ def build_trainer(config: Config) -> Trainer:
 def _model_for(config: Config, device: Device, loader: Any, start: Start) -> Any:
     """The model on its device, which can be trained on these data."""
     reproducibility.seed_all(config.seed)  # every rank starts from the same weights
-    model = device.module_to_device(build_model(config))
+    with autoencoder_here(config) as changed:
+        model = device.module_to_device(build_model(changed))
     fit_data(model, loader, begins=start.checkpoint is None)
     return model
 
