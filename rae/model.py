@@ -43,6 +43,8 @@ class RunModel:
     of it.
     """
 
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Arguments that its plain module does without: what is evaluated and exported is built without them."""
     part: ClassVar[str] = "network"
     """The attribute that is ``network``; parameter names in checkpoints begin with it."""
     trains: ClassVar[str] = "network"

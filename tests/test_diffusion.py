@@ -101,7 +101,7 @@ def test_transport(network):
     g, told = numbers("transport"), json.loads((STAGE2 / "transport.json").read_text())
     flow = Flow((32, 4, 4), logit_normal(), shift=told["shift"])
     assert relative_error(flow.mix(g["x1"], g["noise"], g["t"]), g["xt"]) < 1e-5
-    target = flow.target(g["x1"], g["noise"])
+    target = flow.target(g["x1"], g["noise"], g["t"])
     assert relative_error(target, g["target"]) < 1e-5
     predicted = network(g["xt"], g["t"], g["y"])
     assert relative_error(predicted, g["pred"]) < 1e-5
@@ -215,7 +215,8 @@ def test_published_names_go_round():
         {"model": {f"module.{k}": v for k, v in state.items()}},
     ):
         found = weights_in(content, "file")
-        network = DiTDH(num_classes=10, **settings_of(found))
+        shape, rows, told = settings_of(found)
+        network = DiTDH(shape, rows - 1, **told["ditdh"])
         load_published(network, found, "file")
         saved = network.state_dict()
         assert saved.keys() == state.keys()

@@ -404,7 +404,7 @@ def test_bf16_follows_fp32():
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 predicted = network(flow.mix(data, noise, t), t, torch.arange(16) % 10)
             assert predicted.dtype == torch.float32
-            loss = flow.loss(predicted, flow.target(data, noise)).mean()
+            loss = flow.loss(predicted, flow.target(data, noise, t)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -421,3 +421,37 @@ def test_two_sharded_ranks_take_the_same_steps(shards, trained, tmp_path):
     for ours, theirs in zip(figures(tmp_path / "run"), figures(trained), strict=False):
         for name in theirs.keys() & ours.keys() & {"loss/train/flow", "gradient/network"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (name, theirs["batch"])
+
+
+def test_an_inner_block_is_aligned_with_an_encoders_tokens(shards, tmp_path):
+    """REPA: its term is in the loss, its layer is trained and goes on exactly, and an export knows nothing of it."""
+    settings = generator_settings(shards, tmp_path / "run")
+    encoder = {"vit": {"model": str(GOLDEN / "stage2/raev2/dinov3-tiny"), "input_size": 64}}
+    settings["model"]["diffusion"]["repa"] = {"encoder": encoder, "block": 1, "weight": 0.5}
+    settings |= {"metrics": {}, "callbacks": {}}
+    settings["trainer"]["max_duration"] = "3ba"
+    train_here(settings)
+    settings["trainer"]["max_duration"] = "6ba"
+    train_here(settings)
+    told = [record for record in figures(tmp_path / "run") if "loss/train/repa" in record]
+    assert len(told) == 6
+    for record in told:
+        total = record["loss/train/flow"] + 0.5 * record["loss/train/repa"]
+        assert record["loss/train/total"] == pytest.approx(total, rel=1e-5)
+    settings |= {"run_name": "whole", "run_dir": str(tmp_path / "whole")}
+    train_here(settings)
+    assert_same_state(tmp_path / "run/checkpoints", tmp_path / "whole/checkpoints", tensors=60)
+    saved = load_newest(tmp_path / "run/checkpoints")["model"]
+    assert [name for name in saved if "alignment" in name] == ["alignment.projector.weight", "alignment.projector.bias"]
+    main(["export", str(tmp_path / "run"), str(tmp_path / "export")])
+    assert rae.load(str(tmp_path / "export")).sample([1]).shape == (1, 3, 64, 64)
+    larger = {"vit": {**encoder["vit"], "input_size": 128}}
+    for wrong, line in (
+        ({"block": 9}, "block 9 is beyond"),
+        ({"encoder": larger}, "8 tokens a side, the latents have 4"),
+    ):
+        changed = settings | {"run_name": "wrong", "run_dir": str(tmp_path / "wrong")}
+        changed["model"] = {"diffusion": {**settings["model"]["diffusion"]}}
+        changed["model"]["diffusion"]["repa"] = {**settings["model"]["diffusion"]["repa"], **wrong}
+        with pytest.raises(UserError, match=line):
+            train_here(changed)

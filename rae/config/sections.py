@@ -135,6 +135,9 @@ class Model(Section):
     noise_tau: Annotated[float, Field(ge=0)] = 0.8
     noise: Literal["uniform", "half_normal"] = "uniform"
     latent_stats: str | None = None
+    output: Literal["normalized", "image"] = "normalized"
+    """What the decoder makes: an image as the encoder normalises it, which is undone after it (RAE); or the image in
+    [0, 1] itself (RAEv2)."""
     pixel_loss: Plugin = "l1"
 
 
@@ -154,6 +157,15 @@ def _settings(value: Any) -> Any:
 
 AnyModel = Annotated[Model | dict[str, dict[str, Any]], BeforeValidator(_settings)]
 """An autoencoder's settings, or ``{name: {argument: value}}`` of a model plugin of another kind."""
+
+
+class Repa(Section):
+    """See :class:`rae.diffusion.alignment.Alignment`."""
+
+    encoder: Plugin
+    block: PositiveInt = 8
+    """Counted from 1."""
+    weight: Annotated[float, Field(gt=0)] = 0.5
 
 
 class BeginFrom(Section):

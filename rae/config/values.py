@@ -50,5 +50,6 @@ Threshold = Annotated[float, Checked(_above_zero), "float > 0"]
 """Of what a number turns on: 0 would be taken for off."""
 NotNegative = Annotated[float, _that(lambda value: value >= 0, "0 or more"), "float >= 0"]
 Decay = Annotated[float, _that(lambda value: 0 <= value < 1, "in [0, 1)"), "float in [0, 1)"]
+Share = Annotated[float, _that(lambda value: 0 < value <= 1, "in (0, 1]"), "float in (0, 1]"]
 Count = Annotated[int, _that(lambda value: value >= 1, "1 or more"), "int >= 1"]
 Index = Annotated[int, _that(lambda value: value >= 0, "0 or more"), "int >= 0"]

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rae.config.registry import register
-from rae.config.values import Finite, Positive
+from rae.config.values import Finite, Positive, Share
 
 BASE = 4096
 """The numbers in a latent (C·h·w) at which times are not shifted."""
@@ -21,12 +21,16 @@ Times = Callable[[Tensor], Tensor]
 
 
 @register("times", "logit_normal")
-def logit_normal(mean: Finite = 0.0, std: Positive = 1.0) -> Times:
-    """sigmoid(N(mean, std²)), cut at 0.999: the published one (arXiv 2403.03206)."""
-    below = NormalDist(mean, std).cdf(math.log(LAST / (1 - LAST)))
+def logit_normal(mean: Finite = 0.0, std: Positive = 1.0, last: Share = LAST) -> Times:
+    """sigmoid(N(mean, std²)): the published one (arXiv 2403.03206).
+
+    Args:
+        last: where it is cut; 1 for nowhere, as RAEv2 has it.
+    """
+    below = NormalDist(mean, std).cdf(math.log(last / (1 - last))) if last < 1 else 1.0
 
     def times(uniform: Tensor) -> Tensor:
-        normal = torch.special.ndtri((uniform.double() * below).clamp(min=1e-12))
+        normal = torch.special.ndtri((uniform.double() * below).clamp(1e-12, 1 - 1e-12))
         return torch.sigmoid(mean + std * normal).to(uniform.dtype)
 
     return times
@@ -40,17 +44,29 @@ def uniform() -> Times:
 
 @register("flow", "line", context=("latent_shape", "times"))
 class Flow:
-    """The line from data (t = 0) to noise (t = 1), along which a network predicts the velocity.
+    """The line from data (t = 0) to noise (t = 1), along which a network predicts the velocity, or the data.
+
+    Of predicted data the velocity is (x_t − data)/t, for a loss that weighs times as that of predicted velocities does
+    (arXiv 2511.13720); below ``clamp`` the divisor stays there.
 
     Args:
         latent_shape: (C, h, w) of latents (supplied).
         times: the distribution of training's times, before the shift (supplied).
         shift: moves times towards noise, see :meth:`shifted`; sqrt(C·h·w / 4096) by default, and never below 1
             (arXiv 2510.11690, section 4).
+        predicts: ``velocity``, as RAE published, or ``data``, as RAEv2 (arXiv 2605.18324).
+        clamp: of the divisor, where data are predicted.
     """
 
-    def __init__(self, latent_shape: tuple[int, ...], times: Times, shift: Positive | None = None):
-        self.times = times
+    def __init__(
+        self,
+        latent_shape: tuple[int, ...],
+        times: Times,
+        shift: Positive | None = None,
+        predicts: Literal["velocity", "data"] = "velocity",
+        clamp: Positive = 0.05,
+    ):
+        self.times, self.predicts, self.clamp = times, predicts, clamp
         self.shift = max(1.0, math.sqrt(math.prod(latent_shape) / BASE)) if shift is None else shift
 
     def shifted(self, t: Any) -> Any:
@@ -63,13 +79,28 @@ class Flow:
 
     def mix(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = (1 − t)·data + t·noise, for latents (B, ...) and times (B,)."""
-        t = t.view(-1, *[1] * (data.ndim - 1))
+        t = _over(t, data)
         return (1 - t) * data + t * noise
 
-    def target(self, data: Tensor, noise: Tensor) -> Tensor:
-        """What the network predicts: the velocity dx/dt = noise − data."""
-        return noise - data
+    def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The velocity dx/dt = noise − data, as :meth:`velocity` makes it of a perfect prediction."""
+        if self.predicts == "velocity":
+            return noise - data
+        t = _over(t, data)
+        return (noise - data) * (t / t.clamp(min=self.clamp))
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def velocity(self, prediction: Tensor, x: Tensor, t: float | Tensor) -> Tensor:
+        """What a network predicted at x_t, as a velocity (B, ...), in float32; ``t`` is one time, or (B,)."""
+        if self.predicts == "velocity":
+            return prediction.float()
+        divisor = max(t, self.clamp) if not isinstance(t, Tensor) else _over(t, x).clamp(min=self.clamp)
+        return (x - prediction.float()) / divisor
+
+    def loss(self, velocity: Tensor, target: Tensor) -> Tensor:
         """Mean square error of each sample (B,), in float32."""
-        return (prediction.float() - target).square().flatten(1).mean(1)
+        return (velocity.float() - target).square().flatten(1).mean(1)
+
+
+def _over(t: Tensor, x: Tensor) -> Tensor:
+    """Times (B,), each over a sample of x (B, ...)."""
+    return t.view(-1, *[1] * (x.ndim - 1))

@@ -90,7 +90,11 @@ class Generator(nn.Module):
         numbers = torch.arange(len(labels)) if numbers is None else torch.as_tensor(numbers)
         x = fixed_noise(self.latent_shape, seed, numbers).to(labels.device)
         solver, guided = sampler or self.sampler, (guidance or self.guidance)(self.network)
-        return solver(lambda x, t: guided(x, t, labels), x, solver.grid(self.flow.shifted))  # type: ignore[arg-type]
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return self.flow.velocity(guided(x, t, labels), x, t)  # type: ignore[arg-type]
+
+        return solver(velocity, x, solver.grid(self.flow.shifted))
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class RotaryPositions(nn.Module):
     Args:
         dim: a head's channels d, a multiple of 4.
         grid: tokens a side.
+        others: tokens after those, which do not turn.
 
     Raises:
         ValueError: ``dim`` is no multiple of 4.
@@ -82,14 +83,14 @@ class RotaryPositions(nn.Module):
     freqs_cos: Tensor
     freqs_sin: Tensor
 
-    def __init__(self, dim: int, grid: int):
+    def __init__(self, dim: int, grid: int, others: int = 0):
         super().__init__()
         if dim % 4:
             raise ValueError(f"rotary positions need heads of a multiple of 4 channels, not {dim}")
         frequency = 10000.0 ** (-torch.arange(0, dim // 2, 2, dtype=torch.float32) / (dim // 2))
         angle = (torch.arange(grid)[:, None] * frequency).repeat_interleave(2, dim=1)  # (grid, d/2)
         row, column = (angle[:, None].expand(-1, grid, -1), angle[None].expand(grid, -1, -1))
-        table = torch.cat([row, column], dim=2).flatten(0, 1)
+        table = F.pad(torch.cat([row, column], dim=2).flatten(0, 1), (0, 0, 0, others))
         self.register_buffer("freqs_cos", table.cos())
         self.register_buffer("freqs_sin", table.sin())
 

@@ -19,8 +19,9 @@ from rae.config.arguments import PluginEntry, build
 from rae.config.errors import UserError
 from rae.config.loading import validated
 from rae.config.registry import register
-from rae.config.sections import Model
-from rae.config.values import Index
+from rae.config.sections import Model, Repa
+from rae.config.values import Index, NotNegative
+from rae.diffusion.alignment import Alignment
 from rae.diffusion.generator import Generator, Guide
 from rae.diffusion.guidance import Predictor
 from rae.diffusion.statistics import check_autoencoder
@@ -80,7 +81,8 @@ class DiffusionModel(RunModel, ComposerModel):
 
     A batch is {image: uint8 (B, 3, S, S), or precomputed latent (B, C, h, w); label (B,); index (B,)}. Times, noise
     and dropped labels follow from (seed, step, index): they do not depend on how a batch is shared out. ``forward``
-    returns {latent (B, C, h, w): normalised; prediction and target: likewise; time (B,)}, all in float32.
+    returns {latent (B, C, h, w): normalised; prediction and target: velocities, as prediction of a base head is, base;
+    time (B,)}, all in float32.
 
     Args:
         image_size: side of the images (supplied).
@@ -90,6 +92,9 @@ class DiffusionModel(RunModel, ComposerModel):
         num_classes: of labels; 0 trains without them.
         label_dropout: how often a label is left out, for classifier-free guidance.
         class_names: of labels, in order; by default those that the training data give.
+        repa: align an inner block with an encoder's tokens, ``{encoder: …, block: 8, weight: 0.5}``; it is for training
+            alone, and no part of what is exported.
+        base_weight: of the loss of a network's base head, where it has one.
         flow, times: plugins of these kinds; the shift follows from the latents' size.
         sampler, guidance: how evaluation, pictures and an export sample if nothing else is said.
         activation_checkpointing: compute each block's activations again in the backward pass.
@@ -101,7 +106,8 @@ class DiffusionModel(RunModel, ComposerModel):
 
     part, trains = "generator", "network"
     watched, histograms = ("latent", "prediction"), ("latent", "prediction")
-    needs_images = reconstructs = False
+    reconstructs = False
+    training_only = ("repa",)
 
     def __init__(
         self,
@@ -111,6 +117,8 @@ class DiffusionModel(RunModel, ComposerModel):
         num_classes: Index = 1000,
         label_dropout: Dropout = 0.1,
         class_names: list[str] = [],  # noqa: B006
+        repa: Repa | None = None,
+        base_weight: NotNegative = 1.0,
         flow: PluginEntry("flow") = {"line": {}},  # type: ignore[valid-type] # noqa: B006
         times: PluginEntry("times") = {"logit_normal": {}},  # type: ignore[valid-type] # noqa: B006
         sampler: PluginEntry("sampler") = {"euler": {}},  # type: ignore[valid-type] # noqa: B006
@@ -123,7 +131,7 @@ class DiffusionModel(RunModel, ComposerModel):
             raise UserError(f"model.diffusion.num_classes: {num_classes} is too few for {len(class_names)} class names")
         frozen = open_autoencoder(autoencoder, image_size)
         self.image_size, self.latent_shape = image_size, frozen.latent_shape
-        self.label_dropout, self.checked = label_dropout, checked
+        self.label_dropout, self.checked, self.base_weight = label_dropout, checked, base_weight
         shape = dict(latent_shape=frozen.latent_shape, num_classes=num_classes, null_label=label_dropout > 0)
         made = build_planned("network", network, "model.diffusion.network", **shape)
         distribution = build("times", times, "model.diffusion.times")
@@ -136,9 +144,24 @@ class DiffusionModel(RunModel, ComposerModel):
             guided_by(guidance, f"{where}.guidance"),
             class_names,
         )
+        self.repa_weight, self.alignment = repa.weight if repa else 0.0, self._aligned(repa) if repa else None
+        self.needs_images = repa is not None  # type: ignore[misc]
         self.activation_checkpointing = activation_checkpointing
         self.eval_metrics: dict[str, Metric] = {}
         self.seed = self.step = 0
+
+    def _aligned(self, repa: Repa) -> Alignment:
+        network, where = self.generator.network, "model.diffusion.repa"
+        blocks: Any = getattr(network, "blocks", ())
+        deep = getattr(network, "depth", len(blocks))
+        if repa.block > deep:
+            raise UserError(f"{where}: block {repa.block} is beyond the network's {deep}")
+        encoder = build_planned("encoder", repa.encoder, f"{where}.encoder")
+        dim = blocks[repa.block - 1].norm1.normalized_shape[0]
+        try:
+            return Alignment(encoder, blocks[repa.block - 1], dim, self.generator.latent_shape[1])
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
 
     @property
     def network(self) -> Generator:  # type: ignore[override]
@@ -158,6 +181,11 @@ class DiffusionModel(RunModel, ComposerModel):
         for block in self.generator.network.modules():
             if hasattr(block, "checkpointing"):
                 block.checkpointing = on  # type: ignore[assignment]
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the network has a base head, which is trained beside it."""
+        return bool(self.base_weight and getattr(self.generator.network, "base_depth", 0))
 
     def begin_step(self, seed: int, step: int) -> None:
         self.seed, self.step = seed, step
@@ -199,13 +227,22 @@ class DiffusionModel(RunModel, ComposerModel):
         label = self.generator.labels_of(batch["label"], checked=index is not None)
         if self.label_dropout and self.generator.num_classes:
             label = torch.where(dropped, self.generator.network.null_label, label)  # type: ignore[arg-type]
-        prediction = self.generator.network(flow.mix(latent, noise, time), time, label)
-        return {"latent": latent, "prediction": prediction, "target": flow.target(latent, noise), "time": time}
+        mixed, network = flow.mix(latent, noise, time), self.generator.network
+        made = network(mixed, time, label, with_base=True) if self.has_base else (network(mixed, time, label),)
+        velocities = (flow.velocity(each, mixed, time) for each in made)
+        predicted = dict(zip(("prediction", "base"), velocities, strict=False))
+        return {"latent": latent, "time": time, "target": flow.target(latent, noise, time), **predicted}
 
     def loss(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{flow: …, total: …}"""
-        loss = self.generator.flow.loss(outputs["prediction"], outputs["target"]).mean()
-        return {"flow": loss, "total": loss}
+        """{flow: …, total: …}, and base: … of a base head, repa: … of what is aligned."""
+        error = self.generator.flow.loss
+        losses = {"flow": error(outputs["prediction"], outputs["target"]).mean()}
+        weights = {"flow": 1.0, "base": self.base_weight, "repa": self.repa_weight}
+        if "base" in outputs:
+            losses["base"] = error(outputs["base"], outputs["target"]).mean()
+        if self.alignment is not None:
+            losses["repa"] = self.alignment.loss(to_float(batch["image"]))
+        return {**losses, "total": sum(weights[name] * loss for name, loss in losses.items())}  # type: ignore[dict-item]
 
     def picture_batch(self, count: int) -> dict[str, Tensor]:
         """As many images of each class as there is room for."""
@@ -217,6 +254,8 @@ class DiffusionModel(RunModel, ComposerModel):
 
     def networks(self) -> dict[str, nn.Module]:
         frozen = {"encoder": self.rae.encoder.network, "decoder": self.rae.decoder}
+        if self.alignment is not None:
+            frozen["alignment"] = self.alignment.encoder.network
         return {**frozen, "network": self.generator.network}
 
     def compiled(self) -> dict[str, Iterable[nn.Module]]:
@@ -225,7 +264,9 @@ class DiffusionModel(RunModel, ComposerModel):
     def step_operations(self, counted: Counted, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         encode, latent = counted(lambda: self.rae.latent_of(self.rae.clean_tokens(to_float(batch["image"]))))
         time, label = latent.new_full((len(latent),), 0.5), torch.zeros(len(latent), dtype=torch.long)
-        forward, prediction = counted(lambda: self.generator.network(latent, time, label.to(latent.device)))
+        more = {"with_base": True} if self.has_base else {}
+        forward, made = counted(lambda: self.generator.network(latent, time, label.to(latent.device), **more))
+        prediction = made[0] if self.has_base else made
         return encode + 3 * forward, {"latent": latent, "prediction": prediction}
 
     def eval_forward(self, batch: dict[str, Tensor], outputs: Any = None) -> Tensor:

@@ -23,7 +23,7 @@ HEAD = (2048, 2, 16)
 """DiT-DH's head, of every size: embed_dim, depth, num_heads."""
 
 
-def _chosen(named: Mapping[str, int | None], standard: tuple[int, int, int] | None) -> tuple[int, int, int]:
+def chosen_sizes(named: Mapping[str, int | None], standard: tuple[int, int, int] | None) -> tuple[int, int, int]:
     """Explicit sizes over those of a name.
 
     Raises:
@@ -46,6 +46,7 @@ class LatentTransformer(nn.Module):
         num_classes: labels are from 0 to one less; 0 for a network without labels.
         null_label: the label for no class; None if there is none.
         blocks: all of them, in order.
+        base_depth: how many are below a base head, whose output ``forward(…, with_base=True)`` gives too; 0 for none.
     """
 
     grid: int
@@ -53,14 +54,18 @@ class LatentTransformer(nn.Module):
     null_label: int | None
     blocks: nn.ModuleList
     pos_embed: nn.Parameter | None
+    base_depth = 0
 
     def _embed(self, dim: int, num_classes: int, null: bool, positions: bool, trained_tables: bool) -> None:
         """Make what embeds time, label and place at a width."""
-        self.num_classes, self.null_label = num_classes, num_classes if null or not num_classes else None
+        self._name_labels(num_classes, null)
         self.t_embedder = TimeEmbedding(dim, trained_tables)
         self.y_embedder = LabelEmbedding(num_classes + (self.null_label is not None), dim)
         table = sincos_positions(dim, self.grid)[:, 1:].clone()
         self.pos_embed = nn.Parameter(table, requires_grad=trained_tables) if positions else None
+
+    def _name_labels(self, num_classes: int, null: bool) -> None:
+        self.num_classes, self.null_label = num_classes, num_classes if null or not num_classes else None
 
     def _placed(self, tokens: Tensor) -> Tensor:
         """Tokens, in float32, with their absolute positions if there are any."""
@@ -122,9 +127,9 @@ class DiTDH(LatentTransformer):
         super().__init__()
         channels, self.grid, _ = latent_shape
         given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        dim, deep, heads = _chosen(given, SIZES.get(size or ""))
+        dim, deep, heads = chosen_sizes(given, SIZES.get(size or ""))
         wide = {"head_embed_dim": head_embed_dim, "head_depth": head_depth, "head_num_heads": head_num_heads}
-        head_dim, head_deep, head_heads = _chosen(wide, None)
+        head_dim, head_deep, head_heads = chosen_sizes(wide, None)
         self.depth = deep
         self.s_embedder, self.x_embedder = PatchEmbed(channels, dim), PatchEmbed(channels, head_dim)
         self.s_projector = nn.Linear(dim, head_dim) if dim != head_dim else nn.Identity()
@@ -181,7 +186,7 @@ class LightningDiT(LatentTransformer):
         super().__init__()
         channels, self.grid, _ = latent_shape
         given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        dim, deep, heads = _chosen(given, SIZES.get(size or ""))
+        dim, deep, heads = chosen_sizes(given, SIZES.get(size or ""))
         self.x_embedder = PatchEmbed(channels, dim)
         self._embed(dim, num_classes, null_label, absolute_positions, trained_tables)
         self.feat_rope = RotaryPositions(dim // heads, self.grid)

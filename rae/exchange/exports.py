@@ -209,7 +209,10 @@ def build_network(settings: Model | dict[str, Any], image_size: int) -> nn.Modul
     """
     if isinstance(settings, Model):
         return build_rae(settings, image_size)
-    return build("model", settings, "model", image_size=image_size).network
+    ((name, arguments),) = settings.items()
+    left_out = getattr(find("model", name, "model"), "training_only", ())
+    plain = {key: value for key, value in arguments.items() if key not in left_out}
+    return build("model", {name: plain}, "model", image_size=image_size).network
 
 
 def _encoder_here(local: Path, entry: Any) -> Any:

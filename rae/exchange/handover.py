@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -109,24 +109,25 @@ def import_generator(
     """
     content = read_file(local_file(source, scratch))
     state = weights_in(content, source, ema=not live)
-    sizes = settings_of(state)
-    channels, grid, _ = sizes.pop("latent_shape")
-    rows = len(state["y_embedder.embedding_table.weight"])
+    (channels, grid, _), rows, network = settings_of(state)
     settings = {
         "autoencoder": autoencoder,
-        "network": {"ditdh": sizes},
+        "network": network,
         "num_classes": rows - (label_dropout > 0),
         "label_dropout": label_dropout,
         "checked": False,
     }
+    if "ditdh_in_context" in network:
+        settings |= {"flow": {"line": {"predicts": "data"}}, "sampler": {"euler": {"steps": 100}}}
+        settings["guidance"] = {"internal": {"scale": 1.78, "interval": [0.1, 1.0]}}
     opened = open_source(autoencoder)
     if opened.rae.latent_shape != (channels, grid, grid):
         told = " × ".join(map(str, opened.rae.latent_shape))
         raise UserError(f"{source} is of latents {channels} × {grid} × {grid}, the autoencoder's are {told}")
-    network = exports.build_network({"diffusion": settings}, opened.image_size)
-    load_published(network.network, state, source)  # type: ignore[arg-type]
+    made = exports.build_network({"diffusion": settings}, opened.image_size)
+    load_published(made.network, state, source)  # type: ignore[arg-type]
     weights = "ema" if "ema" in content and not live else "given"
-    return Source(network.eval(), opened.image_size, _name_of(source), weights, {"diffusion": settings})
+    return Source(made.eval(), opened.image_size, _name_of(source), weights, {"diffusion": settings})
 
 
 def import_from(
@@ -135,6 +136,7 @@ def import_from(
     run_yaml: str | None = None,
     decoder_config: str | None = None,
     stats: str | None = None,
+    output: Literal["normalized", "image"] | None = None,
     scratch: Path = Path(),
 ) -> Source:
     """Open another program's autoencoder.
@@ -145,6 +147,8 @@ def import_from(
         run_yaml: a run's configuration that has them instead.
         decoder_config: the decoder's config.json; by default that of the folder.
         stats: latent statistics; by default the folder's ``stat.pt``.
+        output: what a published decoder makes; by default ``image`` with an encoder by RAEv2's name, whose decoders
+            do, and ``normalized`` otherwise.
         scratch: local folder, for what is downloaded, and for a diffusers folder's encoder.
 
     Raises:
@@ -171,12 +175,13 @@ def import_from(
         config = load_config(run_yaml)
         import_plugins(config.imports)
         encoder = config.autoencoder.encoder
-    check_plugin("encoder", encoder, "--encoder")
+    entry = check_plugin("encoder", encoder, "--encoder")
     rae, settings, image_size = published.read(
         model,
         _beside(decoder_config, folder, places.CONFIG, scratch),
         _beside(stats, folder, published.STATS, scratch),
         encoder,
+        output or ("image" if "raev2" in entry else "normalized"),
     )
     return Source(rae, image_size, _name_of(source), "given", settings)
 
