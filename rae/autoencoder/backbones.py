@@ -57,7 +57,9 @@ class TimmFeatures(nn.Module):
         options: dict[str, Any] = {} if levels is None else {"out_indices": tuple(levels)}
         size = input_size or image_size
         try:
-            network, fixed = _create(model, weights is None and not weightless(), size, features_only=True, **options)
+            network, fixed = create_timm(
+                model, weights is None and not weightless(), size, features_only=True, **options
+            )
         except (RuntimeError, AssertionError, IndexError, OSError, ValueError) as error:
             at = _at(model, size)
             raise ValueError(
@@ -107,7 +109,7 @@ class TimmFeatures(nn.Module):
         return [tuple(each.shape[2:]) for each in maps]
 
 
-def _create(model: str, pretrained: bool, size: int | None, **options: Any) -> tuple[Any, bool]:
+def create_timm(model: str, pretrained: bool, size: int | None, **options: Any) -> tuple[Any, bool]:
     """A timm model for images of that size or its own, and whether it is one that has a size."""
     own = timm.get_pretrained_cfg(model, allow_unregistered=False).input_size[-1]
     with warnings.catch_warnings():
@@ -284,6 +286,6 @@ def _as_timm_reads(state: Mapping[str, Tensor], model: str, input_size: int | No
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
     overlay = {"state_dict": kept, "num_classes": 0}
     try:
-        return _create(model, True, input_size, num_classes=0, pretrained_cfg_overlay=overlay)[0].state_dict()
+        return create_timm(model, True, input_size, num_classes=0, pretrained_cfg_overlay=overlay)[0].state_dict()
     except Exception:
         return {}

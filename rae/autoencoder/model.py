@@ -53,7 +53,7 @@ def build_rae(settings: Model, image_size: int) -> RAE:
         raise UserError(f"model.decoder: {error}") from error
     if settings.decoder.weights:
         load_published(decoder, settings.decoder.weights)
-    return RAE(encoder, decoder, settings.noise_tau, settings.noise, settings.latent_stats)
+    return RAE(encoder, decoder, settings.noise_tau, settings.noise, settings.latent_stats, settings.output)
 
 
 @register("model", "autoencoder", context=("image_size",))

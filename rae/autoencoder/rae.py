@@ -29,6 +29,7 @@ class RAE(nn.Module):
             :func:`rae.autoencoder.layers.add_latent_noise`; none in eval mode.
         noise: its distribution.
         latent_stats: a file with tensors ``mean`` and ``var`` (C, h, w), or None.
+        output: what the decoder makes: ``normalized``, an image as the encoder normalises it; or ``image``.
 
     Raises:
         UserError: the statistics file is unreadable or of another shape.
@@ -41,6 +42,7 @@ class RAE(nn.Module):
         noise_tau: float = 0.0,
         noise: str = "uniform",
         latent_stats: str | None = None,
+        output: str = "normalized",
     ):
         super().__init__()
         self.encoder = Frozen(encoder)
@@ -48,8 +50,11 @@ class RAE(nn.Module):
         self.grid = encoder.grid
         self.latent_shape = (encoder.embed_dim, encoder.grid, encoder.grid)
         self.noise_tau, self.noise = noise_tau, noise
-        self.register_buffer("image_mean", encoder.normalize.mean.clone(), persistent=False)
-        self.register_buffer("image_std", encoder.normalize.std.clone(), persistent=False)
+        mean, std = encoder.normalize.mean.clone(), encoder.normalize.std.clone()
+        if output == "image":
+            mean, std = torch.zeros_like(mean), torch.ones_like(std)
+        self.register_buffer("image_mean", mean, persistent=False)
+        self.register_buffer("image_std", std, persistent=False)
         mean, var = read_stats(latent_stats, encoder) if latent_stats else (None, None)
         self.register_buffer("latent_mean", mean)
         self.register_buffer("latent_var", var)

@@ -15,6 +15,7 @@ from rae.autoencoder.backbones import check_tensors, read_state_dict, save_state
 from rae.autoencoder.decoder import Decoder, load_decoder, published_state_dict
 from rae.autoencoder.decoder_weights import DIFFUSERS, find_decoder
 from rae.autoencoder.encoders.base import PretrainedEncoder, save_pretrained
+from rae.autoencoder.encoders.joining import LAST
 from rae.autoencoder.layers import sincos_positions
 from rae.autoencoder.rae import RAE
 from rae.config.arguments import build
@@ -163,6 +164,10 @@ def _check_expressible(rae: RAE) -> str:
     kind = next((name for name in _FIXED if type(encoder) is find("encoder", name, "")), None)
     if kind is None:
         raise _refusal(f"its encoder is {type(encoder).__name__}, and diffusers knows {', '.join(_FIXED)}")
+    if encoder.layers != LAST:
+        raise _refusal("its latents are of other layers than the last, or of another norm")
+    if not torch.equal(rae.image_std, encoder.normalize.std):
+        raise _refusal("its decoder makes the image itself, and diffusers undoes the encoder's normalisation after it")
     config = encoder.backbone.config
     for key, value in _FIXED[kind].items():
         if getattr(config, key) != value:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,7 +56,13 @@ def published_config(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def read(model: Path, config: Path | None, stats: Path | None, encoder: Any) -> tuple[RAE, Model, int]:
+def read(
+    model: Path,
+    config: Path | None,
+    stats: Path | None,
+    encoder: Any,
+    output: Literal["normalized", "image"] = "normalized",
+) -> tuple[RAE, Model, int]:
     """An autoencoder of published files.
 
     Args:
@@ -65,6 +71,7 @@ def read(model: Path, config: Path | None, stats: Path | None, encoder: Any) -> 
             those of a named size.
         stats: ``stat.pt``, or None.
         encoder: the encoder's settings, as in a configuration's ``model.encoder``.
+        output: what the decoder makes, as in a configuration's ``model.output``.
 
     Returns:
         it, its settings, and the side of its images.
@@ -89,8 +96,9 @@ def read(model: Path, config: Path | None, stats: Path | None, encoder: Any) -> 
     except ValueError as error:
         raise UserError(f"{model}: {error}") from error
     load_decoder(decoder, state, where)
-    rae = RAE(network, decoder, latent_stats=str(stats) if stats else None).eval()
-    return rae, Model(encoder=encoder, decoder=DecoderSizes(**sizes), noise_tau=0.0), image_size
+    settings = Model(encoder=encoder, decoder=DecoderSizes(**sizes), noise_tau=0.0, output=output)
+    rae = RAE(network, decoder, latent_stats=str(stats) if stats else None, output=output).eval()
+    return rae, settings, image_size
 
 
 def sizes_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], int | None]:

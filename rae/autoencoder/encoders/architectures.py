@@ -15,6 +15,16 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "giant": dict(hidden_size=1536, num_hidden_layers=40, num_attention_heads=24, use_swiglu_ffn=True),
         }.items()
     },
+    "dinov3_vit": {
+        f"facebook/dinov3-vit{size}16-pretrain-lvd1689m": dict(
+            widths, image_size=224, patch_size=16, num_register_tokens=4
+        )
+        for size, widths in {
+            "s": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
+            "b": dict(_B, intermediate_size=3072),
+            "l": dict(_L, intermediate_size=4096),
+        }.items()
+    },
     "vit_mae": {
         "facebook/vit-mae-base": dict(_B, intermediate_size=3072),
         "facebook/vit-mae-large": dict(_L, intermediate_size=4096),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rae.autoencoder.backbones import save_state_dict, weightless
 from rae.autoencoder.encoders.architectures import PUBLISHED
+from rae.autoencoder.encoders.joining import LAST, Layers, Taps, made_plain, row_of
 from rae.autoencoder.layers import Normalize, resize
 from rae.config.errors import UserError, first_line
 from rae.config.registry import plugins
@@ -56,14 +57,18 @@ class Encoder(nn.Module):
 
 
 class PretrainedEncoder(Encoder):
-    """An encoder on a transformers model, whose final LayerNorm keeps no affine: latents are normalised, not rescaled.
+    """An encoder on a transformers model. Subclasses define :meth:`run`.
 
     Args:
         backbone, processor: see :func:`from_pretrained`.
         input_size: pixels a side.
+        layers: which of its layers are the latent.
+
+    Attributes:
+        num_prefix_tokens: tokens before those of patches.
 
     Raises:
-        ValueError: ``input_size`` is not a multiple of the patch.
+        ValueError: ``input_size`` is not a multiple of the patch; there are no such layers.
     """
 
     weights_argument = "pretrained"
@@ -72,14 +77,27 @@ class PretrainedEncoder(Encoder):
     final_norm: ClassVar[str] = "layernorm"
     """The module's name in the backbone."""
 
-    def __init__(self, backbone: Any, processor: dict[str, Any], input_size: int):
-        width, patch_size = backbone.config.hidden_size, backbone.config.patch_size
+    num_prefix_tokens = 0
+
+    def __init__(self, backbone: Any, processor: dict[str, Any], input_size: int, layers: Layers = LAST):
+        width, patch_size = layers.width(backbone.config.hidden_size), backbone.config.patch_size
         check_size(input_size, patch_size)
         super().__init__(width, input_size, input_size // patch_size, processor["image_mean"], processor["image_std"])
-        norm = backbone.get_submodule(self.final_norm)
-        plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
-        backbone.set_submodule(self.final_norm, plain)
-        self.backbone = backbone
+        if layers.norm == "plain":
+            backbone.set_submodule(self.final_norm, made_plain(backbone.get_submodule(self.final_norm)))
+        self.backbone, self.layers = backbone, layers
+        self.taps = None if layers == LAST else Taps(row_of(backbone), layers)
+
+    def run(self, image: Tensor) -> Tensor:
+        """Normalised image -> all tokens (B, prefix and patches, D) of the last layer, through the final norm."""
+        raise NotImplementedError
+
+    def tokens(self, image: Tensor) -> Tensor:
+        last = self.run(image)
+        if self.taps is None:
+            return last[:, self.num_prefix_tokens :]
+        norm = nn.Identity() if self.layers.norm == "none" else self.backbone.get_submodule(self.final_norm)
+        return self.taps.joined(norm, self.num_prefix_tokens)
 
     def save_weights(self, folder: Path) -> str:
         from transformers.core_model_loading import revert_weight_conversion
@@ -87,7 +105,8 @@ class PretrainedEncoder(Encoder):
         mean, std = (tensor.flatten().tolist() for tensor in (self.normalize.mean, self.normalize.std))
         # Under the names that the hub has, which every version of transformers reads.
         state = revert_weight_conversion(self.backbone, self.backbone.state_dict())
-        save_pretrained(folder, self.backbone.config, state, self.final_norm, mean, std)
+        norm = self.final_norm if self.layers.norm == "plain" else ""
+        save_pretrained(folder, self.backbone.config, state, norm, mean, std)
         return "."
 
 
@@ -98,10 +117,12 @@ def save_pretrained(
 
     Args:
         config: transformers' configuration of the model.
-        state: its weights, but for the affine of ``final_norm``, which becomes the identity.
+        state: its weights.
+        final_norm: whose affine they lack, which becomes the identity; empty where they lack none.
     """
     width = torch.ones(config.hidden_size)
-    whole = {**state, f"{final_norm}.weight": width, f"{final_norm}.bias": torch.zeros_like(width)}
+    affine = {f"{final_norm}.weight": width, f"{final_norm}.bias": torch.zeros_like(width)} if final_norm else {}
+    whole = {**state, **affine}
     config.save_pretrained(folder)
     save_state_dict(whole, folder / "model.safetensors")
     processor = {"image_processor_type": "ViTImageProcessor", "image_mean": mean, "image_std": std}
