@@ -326,11 +326,13 @@ def test_shipped_configurations_offline(name, monkeypatch):
         overrides = [*away, f"model.diffusion.autoencoder={json.dumps(autoencoder)}"]
     elif name.startswith("ditdh"):
         # Named by its parts: nothing is downloaded. A run or an export is there to be opened.
-        network, size = "model.diffusion.network.ditdh", 448 if name.endswith("512") else 224
+        kind = "ditdh_in_context" if "dinov3" in name else "ditdh"
+        network, size = f"model.diffusion.network.{kind}", 448 if name.endswith("512") else 224
         decoder = "{size: ViTB, depth: 1}"
         monkeypatch.setenv("RAE_AUTOENCODER", "")
         overrides = [
             f"{network}.depth=1", f"{network}.head_depth=1",
+            *([f"{network}.base_depth=1"] if kind == "ditdh_in_context" else []),
             f"model.diffusion.autoencoder={{encoder: {{dinov2: {{input_size: {size}}}}}, decoder: {decoder}}}",
         ]  # fmt: skip
     found = plan(f"yamls/{name}.yaml", overrides, gpus=1, kinds=("H100",))

@@ -36,8 +36,10 @@ def backbones(tmp_path_factory) -> dict[str, str]:
 
 def overrides(name: str, shards, run_dir, backbones, autoencoder=None) -> list[str]:
     if name.startswith("ditdh"):
-        network = "model.diffusion.network.ditdh"
+        kind = "ditdh_in_context" if "dinov3" in name else "ditdh"
+        network = f"model.diffusion.network.{kind}"
         return [
+            *([f"{network}.base_depth=1"] if kind == "ditdh_in_context" else []),
             f"run_dir={run_dir}", f"data.train.path={shards}/train", f"data.eval.path={shards}/eval",
             "data.eval.limit=4", "data.image_size=64", "data.batch_size=4", "data.workers=0",
             f"model.diffusion.autoencoder={autoencoder}", "model.diffusion.checked=false",
@@ -61,10 +63,15 @@ def overrides(name: str, shards, run_dir, backbones, autoencoder=None) -> list[s
         encoder = "model.encoder.timm"
         return [*common, f"{encoder}.input_size=32", f"{encoder}.grid=4"]
     kind, input_size = ENCODERS.get(name, ("dinov2", 56))
+    if name.startswith("rae_dinov3"):
+        kind, input_size, place = "dinov3", 64, f"{GOLDEN}/stage2/raev2/dinov3-tiny"
+        common = [*(word for word in common if "resize" not in word), "model.encoder.dinov3.layers=[1,-1]"]
+    else:
+        place = f"{GOLDEN}/encoders/{kind}-tiny"
     dino = "algorithms.adversarial.discriminator.dino"
     return [
         *common,
-        f"model.encoder.{kind}.pretrained={GOLDEN}/encoders/{kind}-tiny",
+        f"model.encoder.{kind}.pretrained={place}",
         f"model.encoder.{kind}.input_size={input_size}",
         f"algorithms.perceptual.weights={backbones['vgg']}", f"metrics.lpips.weights={backbones['vgg']}",
         f"metrics.rfid.weights={backbones['inception']}",

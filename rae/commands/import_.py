@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoder-config", metavar="FILE", help="its config.json, for sizes other than ViTB, ViTL and ViTXL"
     )
+    parser.add_argument(
+        "--output", choices=("normalized", "image"), help="what the decoder makes (default: image with {raev2: …})"
+    )
     parser.add_argument("--stats", metavar="FILE", help="latent statistics (mean, var) to import with it")
     parser.add_argument("--autoencoder", metavar="SOURCE", help="a published generator's autoencoder: run, export, …")
     parser.add_argument("--with-encoder", action="store_true", help="copy the frozen encoder's weights too")
@@ -47,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out}: {source.name}, a generator of {parameters:,} parameters for {source.image_size} px")
         return
     encoder = read_encoder(arguments.encoder) if arguments.encoder else None
-    given = (encoder, arguments.yaml, arguments.decoder_config, arguments.stats)
+    given = (encoder, arguments.yaml, arguments.decoder_config, arguments.stats, arguments.output)
     with TemporaryDirectory(prefix="rae-") as scratch:
         source = import_from(arguments.source, *given, Path(scratch))
         source.name = arguments.name or source.name
