@@ -17,14 +17,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog="Exit code 0: all is sound; 1: there is damage.")
     parser.add_argument("data", help="MDS data set: a local folder, or s3://bucket/folder")
     parser.add_argument("--workers", type=int, default=Options.workers, help="processes (default: %(default)s)")
+    parser.add_argument("--strict", action="store_true", help="images that decode in part are damage, too")
     arguments = parser.parse_args()
     if arguments.workers < 1:
         raise UserError(f"--workers must be at least 1, not {arguments.workers}")
-    sound, faults = verify(arguments.data, arguments.workers)
-    for fault in faults:
-        print(fault)
-    print(f"{arguments.data}: {sound:,} samples are sound, {len(faults):,} fault{'s' * (len(faults) != 1)}")
-    sys.exit(bool(faults))
+    sound, damaged, faults = verify(arguments.data, arguments.workers)
+    for line in [*damaged, *faults]:
+        print(line)
+    in_part = f"{len(damaged):,} damaged, " if damaged else ""
+    print(f"{arguments.data}: {sound:,} samples are sound, {in_part}{len(faults):,} fault{'s' * (len(faults) != 1)}")
+    sys.exit(bool(faults or (arguments.strict and damaged)))
 
 
 if __name__ == "__main__":

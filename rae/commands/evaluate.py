@@ -121,7 +121,7 @@ def _evaluate(arguments: argparse.Namespace, device: Any) -> "tuple[list[Evaluat
     taus, results = tuple(dict.fromkeys(arguments.tau)), []
     known: dict[str, Reference] = {}
     for name, source in zip(arguments.sources, opened, strict=True):
-        images = open_images(data, source.image_size, limit=limit)
+        images = open_images(data, source.image_size, limit=limit, background=source.background)
         work = (metrics, taus, arguments.batch_size, loading_workers(arguments))
         result = evaluate_source(source, name, images, data, *work, device, known)
         results.append(result)

@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
     with whole_folder(arguments.out, arguments.overwrite) as folder:
         source = open_source(arguments.source, arguments.weights, device, arguments.overrides, arguments.imports)
         rae, size = source.rae, arguments.size or source.image_size
-        images = ConcatDataset([open_images(path, size, limit=arguments.limit) for path in arguments.images])
+        seen = {"limit": arguments.limit, "background": source.background}
+        images = ConcatDataset([open_images(path, size, **seen) for path in arguments.images])
         evaluated = source.config.metrics if source.config else {}
         figures, replaced = build_figures(evaluated, arguments.lpips_weights, device, size)
         if replaced:

@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     data = arguments.data or (config and config.data.train.path)
     if not data:
         raise UserError("--data is required: MDS shards or a folder of images")
-    images = open_images(data, image_size, limit=arguments.limit)
+    background = config.data.background if config else "black"
+    images = open_images(data, image_size, limit=arguments.limit, background=background)
     work = (encoder, images, arguments.batch_size, loading_workers(arguments), device)
     if rank() != 0:
         latent_statistics(*work)

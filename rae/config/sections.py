@@ -93,6 +93,8 @@ class Data(Section):
     """Further evaluation sets by name; their figures are ``metrics/<name>/…``."""
     verify: bool = True
     """Compare shards with their hashes when they are downloaded and when they are first read."""
+    background: Literal["black", "white", "drop"] = "black"
+    """What is seen where an image is transparent; ``drop`` shows its colours as if they were opaque."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0
     """Samples that do not decode to tolerate: the next one takes the place of each, and they are counted and logged."""
     streaming: dict[str, Any] = {}

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -19,12 +19,15 @@ from streaming.base.util import bytes_to_int
 from torchvision.io import encode_jpeg
 
 from rae.config.errors import UserError, first_line
-from rae.data.decoding import decode, resize_short_side
+from rae.data.decoding import decode_and_judge, refuse_strip, resize_short_side
 from rae.data.parts import Job, Options, PartWriter, finish, run_parts, stopping
+from rae.data.pixels import Background
 from rae.data.shards import SUMMARY, Place
 from rae.survival.interrupts import INTERRUPTED, run_interruptibly
 
 COLUMNS = {"image": "bytes", "label": "int", "path": "str"}
+_LONGEST = 65500
+"""Pixels a side of a JPEG, at the most."""
 _READ_AHEAD = 16
 """Images that a worker requests from a bucket at a time."""
 
@@ -44,14 +47,19 @@ class ImageSource(Protocol):
     def __getitem__(self, index: int) -> tuple[str, bytes, int]: ...
 
 
-def encode(data: bytes, options: Options) -> bytes:
-    """What is stored of an image file, which must decode: its bytes, or it resized as JPEG."""
-    image = decode(data)
+def encode(data: bytes, options: Options) -> tuple[bytes, str]:
+    """What is stored of an image file, its bytes or it resized as JPEG; and what is amiss with it if it decodes still.
+
+    Raises:
+        ValueError: it does not decode, or is too narrow to be resized.
+    """
+    image, damage = decode_and_judge(data, options.background)
     if options.resize is None or (min(image.shape[1:]) == options.resize and data[:2] == b"\xff\xd8"):
-        return data  # encoding again would only lose quality
+        return data, damage  # encoding again would only lose quality
     if min(image.shape[1:]) != options.resize:
+        refuse_strip(image, options.resize, _LONGEST)
         image = resize_short_side(image, options.resize)
-    return encode_jpeg(image, options.quality).numpy().tobytes()
+    return encode_jpeg(image, options.quality).numpy().tobytes(), damage
 
 
 def write_shards(source: ImageSource, options: Options, first: int = 0, last: int | None = None) -> dict[str, Any]:
@@ -89,7 +97,7 @@ def _part_size(source: ImageSource, options: Options, first: int, last: int) -> 
     sizes = []
     for index in np.linspace(0, len(source) - 1, min(16, len(source)), dtype=int):
         try:
-            sizes.append(len(encode(source[int(index)][1], options)))
+            sizes.append(len(encode(source[int(index)][1], options)[0]))
         except Exception:  # what cannot be read is reported when its turn comes
             continue
     a_shard = 0.95 * bytes_to_int(options.shard_size) / (np.mean(sizes) + 64) if sizes else 1
@@ -106,32 +114,34 @@ def _too_many(skipped: list[dict[str, str]], limit: int) -> UserError:
 
 def _image_part(job: Job, part: int) -> dict[str, Any]:
     counts: collections.Counter[int] = collections.Counter()
-    skipped, size = [], 0
+    skipped, damaged, size = [], [], 0
     with PartWriter(job, part, COLUMNS) as writer:
-        for name, data, label, fault in _read_encoded(job, part):
+        for name, data, label, fault, damage in _read_encoded(job, part):
             if fault:
                 skipped.append({"path": name, "reason": fault})
                 if len(skipped) > job.options.max_skipped:
                     break
                 continue
             writer.write({"image": data, "label": label, "path": name})
+            damaged += [{"path": name, "reason": damage}] if damage else []
             counts[label] += 1
             size += len(data)
             if stopping():
                 raise UserError("interrupted")
-        return writer.finish(counts=counts, bytes=size, skipped=skipped)
+        return writer.finish(counts=counts, bytes=size, skipped=skipped, damaged=damaged)
 
 
-def _read_encoded(job: Job, part: int) -> Iterator[tuple[str, bytes, int, str]]:
+def _read_encoded(job: Job, part: int) -> Iterator[tuple[str, bytes, int, str, str]]:
     for index, read in _read_ahead(job.source, job.indices(part)):
         name, label = f"image {index}", 0
         try:
             name, data, label = read()
-            yield name, encode(data, job.options), label, ""
+            stored, damage = encode(data, job.options)
+            yield name, stored, label, "", damage
         except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's fault, not the image's
-            yield name, b"", label, f"{type(error).__name__}: {first_line(error)}"
+            yield name, b"", label, f"{type(error).__name__}: {first_line(error)}", ""
 
 
 def _read_ahead(source: Any, indices: np.ndarray) -> Iterator[tuple[int, Callable[[], Any]]]:
@@ -152,6 +162,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="where the shards go: a local folder, or s3://bucket/folder")
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="bring the short side to this, stored as JPEG")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality with --resize (default: %(default)s)")
+    parser.add_argument(
+        "--background",
+        choices=get_args(Background),
+        default=Options.background,
+        help="with --resize, what is seen where an image is transparent (default: %(default)s; drop: its colours)",
+    )
     parser.add_argument("--workers", type=int, default=Options.workers, help="processes (default: %(default)s)")
     parser.add_argument(
         "--max-skipped", type=int, default=0, metavar="N", help="leave out up to N unreadable images (default: 0)"
@@ -175,7 +191,7 @@ def options_from(arguments: argparse.Namespace) -> Options:
         UserError: a value out of range.
     """
     options = Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
-    for name, low, high in (("resize", 1, 65500), ("quality", 1, 100), ("workers", 1, 1024)):
+    for name, low, high in (("resize", 1, _LONGEST), ("quality", 1, 100), ("workers", 1, 1024)):
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name} must be between {low} and {high}, not {value}")
@@ -229,19 +245,21 @@ def convert_splits(source: ImageSource, options: Options, val_fraction: float | 
 def report(summary: dict[str, Any], out: str) -> None:
     """Print what a conversion did as a table; what was left out, with reasons, as another."""
     console = Console(soft_wrap=True, highlight=False)
-    skipped, rate = summary["skipped"], summary["images"] / max(summary["seconds"], 0.01)
+    skipped, damaged, rate = summary["skipped"], summary["damaged"], summary["images"] / max(summary["seconds"], 0.01)
     console.print(f"{out}: {summary['images']:,} images, {len(summary['classes'])} classes")
     table = Table("", "", show_header=False)
     told = {name: summary[name] for name in ("images", "classes", "bytes", "seconds")}
     told |= {"classes": len(summary["classes"]), "images/s": round(rate), "left out": len(skipped)}
+    told |= {"damaged": len(damaged)} if damaged else {}
     for name, value in told.items():
         table.add_row(name, f"{value:,}")
     console.print(table)
-    if skipped:
-        console.print(f"left out {len(skipped)} unreadable:")
-        for skip in skipped[:20]:
-            console.print(f"  {skip['path']}: {skip['reason']}", markup=False)
-        console.print(f"all of it: {out}/{SUMMARY}")
+    for listed, what in ((skipped, "left out {} unreadable:"), (damaged, "kept {} damaged, which decode in part:")):
+        if listed:
+            console.print(what.format(len(listed)))
+            for each in listed[:20]:
+                console.print(f"  {each['path']}: {each['reason']}", markup=False)
+            console.print(f"all of it: {out}/{SUMMARY}", markup=False)
 
 
 def run_command(convert: Callable[[], None]) -> None:

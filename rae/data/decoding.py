@@ -1,71 +1,92 @@
 """Image file bytes to pixels, and what is made of them: crops for training, for evaluation."""
 
-import io
-import warnings
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from random import Random
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as tvf
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+from simplejpeg import decode_jpeg
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
-Data = bytes | memoryview
+from rae.config.errors import first_line
+from rae.data.essentials import reduce_jpeg
+from rae.data.formats import MAX_PIXELS, Data, open_image, orientation
+from rae.data.pixels import Background, changes_colours, to_rgb, to_srgb, upright
+
 Transform = Callable[[Data, Random], Tensor]
-MAX_PIXELS = 2**27
-"""Larger images are taken for decompression bombs: 134 million pixels are 400 MB once decoded."""
-_SMALL = 2**18
-"""A JPEG of fewer bytes is within MAX_PIXELS: each bit of it stands for 64 pixels at the most."""
+_END = b"\xff\xd9"
 
 
-def decode(data: Data) -> Tensor:
-    """Image file bytes -> uint8 (3, H, W), upright.
-
-    JPEG goes through libjpeg-turbo in torchvision; everything else, and JPEGs that torchvision rejects, through
-    Pillow. Transparent pixels come out over black, 16-bit samples are scaled to 8.
+def decode(data: Data, background: Background = "black") -> Tensor:
+    """Image file bytes -> uint8 (3, H, W) in sRGB, the right way up; docs/data.md says what becomes of what.
 
     Raises:
-        ValueError, OSError: not an image, a damaged one, or one of more than MAX_PIXELS.
+        ValueError: not an image, a damaged one, one of more than MAX_PIXELS, or one whose samples are not understood.
     """
-    if data[:2] == b"\xff\xd8":
-        if len(data) > _SMALL:
-            _open(data)
-        try:
-            buffer = torch.frombuffer(bytearray(data) if isinstance(data, bytes) else data, dtype=torch.uint8)
-            return decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError:
-            pass
-    return torch.from_numpy(np.array(open_rgb(data))).permute(2, 0, 1)
+    return decode_and_judge(data, background)[0]
 
 
-def _open(data: Data) -> Image.Image:
-    if not data:
-        raise ValueError("the file is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is ours
-        try:
-            image = Image.open(io.BytesIO(data))
-        except UnidentifiedImageError as error:
-            raise ValueError("it is no image of a known format") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} × {image.height} pixels, more than {MAX_PIXELS:,}")
-    return image
+def decode_and_judge(data: Data, background: Background = "black") -> tuple[Tensor, str]:
+    """As :func:`decode`, and what is amiss with an image that decodes all the same: a JPEG with pixels made up."""
+    try:
+        image = open_image(data)
+        turn, fault = orientation(image), ""
+        if image.format in ("JPEG", "MPO"):
+            pixels, fault = _decode_jpeg(data, image)
+        else:
+            with _quiet() if image.format == "TIFF" else nullcontext():
+                pixels = np.array(to_rgb(image, background))
+        return torch.from_numpy(upright(pixels, turn)).permute(2, 0, 1), fault
+    except Exception as error:  # Pillow's decoders raise anything
+        said = first_line(error)
+        raise ValueError("its samples are damaged" if said.startswith("decoder error") else said) from error
 
 
-def open_rgb(data: Data) -> Image.Image:
-    """Image file bytes -> a decoded, upright Pillow image in RGB (an animation's first frame)."""
-    image = ImageOps.exif_transpose(_open(data))
-    if image.mode.startswith("I"):  # Pillow's own conversion of 16-bit grey clips instead of scaling
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
-    return image.convert("RGB")
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """libtiff complains to the process's standard error, and names no file."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
-def train_transform(size: int, resize_to: int | None = None, flip: bool = False) -> Transform:
+def _decode_jpeg(data: Data, image: Image.Image) -> tuple[np.ndarray, str]:
+    pixels, fault = _samples(data, "CMYK" if image.mode == "CMYK" else "RGB")
+    if image.mode == "CMYK":  # stored as what is left of the light
+        pixels = np.array(Image.fromarray(255 - pixels, "CMYK").convert("RGB"))
+    elif image.mode == "RGB" and (profile := image.info.get("icc_profile")) and changes_colours(profile):
+        pixels = np.array(to_srgb(Image.fromarray(pixels), profile))
+    return pixels, fault
+
+
+def _samples(data: Data, colours: str) -> tuple[np.ndarray, str]:
+    """A JPEG's pixels (H, W, 3 or 4), and what libjpeg warns of: it fills in grey for what is missing or garbled."""
+    try:
+        return decode_jpeg(data, colours), ""
+    except ValueError as error:
+        cut_off = first_line(error).startswith("Premature end")
+    data = reduce_jpeg(bytes(data))
+    try:
+        return decode_jpeg(data, colours), ""  # only its end was missing, or something beside the picture was amiss
+    except ValueError as error:
+        fault = first_line(error)
+        if cut_off:
+            raise ValueError(f"the file is cut off: {fault}") from error
+    return decode_jpeg(data, colours, strict=False), fault
+
+
+def train_transform(
+    size: int, resize_to: int | None = None, flip: bool = False, background: Background = "black"
+) -> Transform:
     """Short side to ``resize_to`` (bicubic, antialiased), random crop of ``size``, and a random flip if wanted.
 
     Args:
@@ -76,7 +97,7 @@ def train_transform(size: int, resize_to: int | None = None, flip: bool = False)
         raise ValueError(f"resize_to {short} is smaller than the crop, {size}")
 
     def transform(data: Data, rng: Random) -> Tensor:
-        image = decode(data)
+        image = decode(data, background)
         if min(image.shape[1:]) != short:
             image = resize_short_side(image, short)
         _, height, width = image.shape
@@ -102,18 +123,28 @@ def resize_short_side(image: Tensor, short: int) -> Tensor:
     Raises:
         ValueError: a narrow strip that would become larger than MAX_PIXELS.
     """
-    height, width = image.shape[1:]
-    if short * short * max(height, width) > MAX_PIXELS * min(height, width):
-        raise ValueError(f"{width} × {height} is too narrow to be resized to {short}")
+    refuse_strip(image, short)
     return tvf.resize(image, [short], interpolation=tvf.InterpolationMode.BICUBIC, antialias=True)
 
 
-def eval_transform(size: int) -> Transform:
+def refuse_strip(image: Tensor, short: int, longest: int = MAX_PIXELS) -> None:
+    """
+    Raises:
+        ValueError: with the short side ``short`` it would have more than MAX_PIXELS, or than ``longest`` a side.
+    """
+    height, width = image.shape[1:]
+    if short * max(height, width) > min(longest, MAX_PIXELS // short) * min(height, width):
+        raise ValueError(f"{width} × {height} is too narrow to be resized to {short}")
+
+
+def eval_transform(size: int, background: Background = "black") -> Transform:
     """ADM's centre crop (arXiv 2105.05233): halve with a box filter, then bicubic, then crop."""
 
     def transform(data: Data, rng: Random) -> Tensor:
-        image = Image.fromarray(decode(data).permute(1, 2, 0).numpy())
-        return torch.from_numpy(np.array(center_crop(image, size))).permute(2, 0, 1)
+        image = decode(data, background)
+        refuse_strip(image, size)
+        cropped = center_crop(Image.fromarray(image.permute(1, 2, 0).numpy()), size)
+        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
 
     return transform
 

@@ -1,6 +1,5 @@
 """Images for evaluation, from files, folders, buckets or shards alike; this rank's part of them in batches."""
 
-import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -9,16 +8,17 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from rae.config.errors import UserError, first_line
 from rae.data.dataset import ImageDataset, open_dataset
-from rae.data.decoding import eval_transform
+from rae.data.decoding import Transform, eval_transform
+from rae.data.formats import open_image
 from rae.data.listing import ImageFolder, is_image, list_images
 from rae.data.loaders import start_worker
+from rae.data.pixels import Background
 from rae.data.reader import BadSampleError, DataError
 from rae.data.shards import INDEX
 from rae.survival.processes import of_first_rank, opening, rank, world_size
@@ -45,8 +45,8 @@ class _OneImage:
 class _Files(Dataset):
     """Image files as crops; see :func:`open_images`."""
 
-    def __init__(self, source: ImageFolder | _OneImage, place: str, image_size: int):
-        self.source, self.place, self.transform = source, place, eval_transform(image_size)
+    def __init__(self, source: ImageFolder | _OneImage, place: str, transform: Transform):
+        self.source, self.place, self.transform = source, place, transform
 
     def __len__(self) -> int:
         return len(self.source)
@@ -89,7 +89,13 @@ class _Shards(Dataset):
         return _short_side_of(self.dataset.stored(0)["image"])
 
 
-def open_images(path: str, image_size: int, cache: str | Path | None = None, limit: int | None = None) -> Dataset:
+def open_images(
+    path: str,
+    image_size: int,
+    cache: str | Path | None = None,
+    limit: int | None = None,
+    background: Background = "black",
+) -> Dataset:
     """Images as ADM's centre crops: {image: uint8 (3, S, S), label (−1: none), name, index}.
 
     ``name`` is the file's path below ``path``, as it was when the shards were made; ``label`` the number of its class.
@@ -101,28 +107,29 @@ def open_images(path: str, image_size: int, cache: str | Path | None = None, lim
         image_size: the crop's side S.
         cache: folder for the shards of a remote data set; by default a temporary one. All ranks open it together.
         limit: the first so many only.
+        background: what is seen where an image is transparent.
 
     Raises:
         UserError: there are no images there, or they cannot be read.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, not {limit}")
-    images = _open(path.rstrip("/") or path[:1], image_size, cache)
+    images = _open(path.rstrip("/") or path[:1], image_size, cache, eval_transform(image_size, background))
     return Subset(images, range(min(limit, len(images)))) if limit else images
 
 
-def _open(path: str, image_size: int, cache: str | Path | None) -> _Files | _Shards:
+def _open(path: str, image_size: int, cache: str | Path | None, transform: Transform) -> _Files | _Shards:
     if _holds_shards(path):
-        return _open_shards(path, image_size, cache)
+        return _open_shards(path, image_size, cache, transform)
     if is_image(path) and not os.path.isdir(path):
         if not is_remote(path) and not os.path.isfile(path):
             raise UserError(f"there is no image {path!r}")
-        return _Files(_OneImage(path), path.rpartition("/")[0] or ".", image_size)
+        return _Files(_OneImage(path), path.rpartition("/")[0] or ".", transform)
     if os.path.isfile(path):
         raise UserError(f"{path!r} is no image of a known format")
     if _is_run(path):
         raise UserError(f"{path!r} is a run's folder, whose pictures are its own; give the images that it is to see")
-    return _Files(list_images(path, True), path, image_size)
+    return _Files(list_images(path, True), path, transform)
 
 
 def _holds_shards(path: str) -> bool:
@@ -143,11 +150,11 @@ def _is_run(path: str) -> bool:
         return False
 
 
-def _open_shards(path: str, image_size: int, cache: str | Path | None) -> _Shards:
+def _open_shards(path: str, image_size: int, cache: str | Path | None, transform: Transform) -> _Shards:
     temporary = tempfile.TemporaryDirectory(prefix="rae-shards-") if cache is None and is_remote(path) else None
     local = of_first_rank(str(cache or (temporary.name if temporary else "")))  # Streaming wants the same on all
     with opening([local if is_remote(path) else path], f"cannot open {path!r}"):
-        images = open_dataset(path, local, transform=eval_transform(image_size), seed=0)
+        images = open_dataset(path, local, transform=transform, seed=0)
     if any("image" not in shard.column_names for shard in images.shards):
         raise UserError(f"{path!r} holds latents without images")
     return _Shards(images, image_size, temporary)
@@ -159,12 +166,12 @@ def short_side(images: Dataset) -> int:
         images = images.dataset
     try:
         return images.short_side()  # type: ignore[attr-defined]
-    except OSError:
+    except (OSError, ValueError):
         return int(images[0]["image"].shape[1])  # which names an image that does not decode
 
 
 def _short_side_of(data: bytes | np.ndarray) -> int:
-    return min(data.shape[-2:]) if isinstance(data, np.ndarray) else min(Image.open(io.BytesIO(data)).size)
+    return min(data.shape[-2:]) if isinstance(data, np.ndarray) else min(open_image(data).size)
 
 
 def batches(images: Dataset, batch_size: int, workers: int, title: str = "") -> Iterator[dict[str, Any]]:

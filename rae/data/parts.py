@@ -22,6 +22,7 @@ from streaming import MDSWriter
 from rae.config.errors import UserError
 from rae.data.images import with_bar
 from rae.data.loaders import start_worker
+from rae.data.pixels import Background
 from rae.data.shards import RECORDS, Place, content_hash, naming
 
 
@@ -33,6 +34,7 @@ class Options:
         out: local folder, or a URL such as ``s3://bucket/folder``.
         resize: bring the short side to this and re-encode as JPEG; None keeps the original bytes.
         quality: JPEG quality when re-encoding.
+        background: what is seen where an image is transparent, when re-encoding.
         workers: processes that read, check, encode and write.
         max_skipped: unreadable images to leave out before giving up.
         shard_size: largest shard, e.g. ``64mb``.
@@ -45,6 +47,7 @@ class Options:
     out: str
     resize: int | None = None
     quality: int = 95
+    background: Background = "black"
     workers: int = max(1, os.cpu_count() or 1)
     max_skipped: int = 0
     shard_size: str = "64mb"
@@ -220,6 +223,7 @@ def finish(
         "classes": classes,
         "counts": [counts[str(label)] for label in range(len(classes))],
         "skipped": [skip for record in records for skip in record["skipped"]],
+        "damaged": [each for record in records for each in record.get("damaged", [])],
         "options": options,
         "seconds": round(seconds, 2),
         "content_hash": content_hash(shards),

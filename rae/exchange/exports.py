@@ -28,6 +28,7 @@ from rae.config.errors import UserError
 from rae.config.loading import override, validated
 from rae.config.registry import find, import_plugins, plugins
 from rae.config.sections import AnyModel, Config, DecoderSizes, Model, Section
+from rae.data.pixels import Background
 from rae.diffusion.generator import Generator
 from rae.exchange.places import AUTOENCODER, CONFIG, ENCODER, WEIGHTS, local_folder, read_json
 
@@ -79,6 +80,11 @@ class Source:
     figures: dict[str, Any] = field(default_factory=dict)
     discriminator: dict[str, Tensor] | None = None
     inside: Exported | None = None
+
+    @property
+    def background(self) -> Background:
+        """What its run saw where images were transparent."""
+        return self.config.data.background if self.config else "black"
 
     @property
     def rae(self) -> RAE:

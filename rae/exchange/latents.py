@@ -133,8 +133,9 @@ def _open(config: Config, split: str) -> ImageDataset:
     if source is None or source.path is None:
         raise UserError(f"data.{split}.path: there is none, so there is nothing to encode")
     cache = source.cache or f"{config.run_dir}/cache/{split}"
+    transform = eval_transform(config.data.image_size, config.data.background)
     with opening([cache if is_remote(source.path) else source.path], f"data.{split}.path: cannot open {source.path!r}"):
-        return open_dataset(source.path, cache, transform=eval_transform(config.data.image_size), seed=0)
+        return open_dataset(source.path, cache, transform=transform, seed=0)
 
 
 def _columns(encoder: Encoder, dtype: str, image_size: int | None) -> dict[str, str]:

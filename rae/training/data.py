@@ -14,7 +14,7 @@ from composer import Evaluator, Trainer
 from rae.algorithms.ema import LIVE_SUFFIX
 from rae.config.errors import UserError
 from rae.config.registry import find
-from rae.config.sections import Config, Model, TrainData
+from rae.config.sections import Config, Data, Model, TrainData
 from rae.data.dataset import ImageDataset, indexed, open_stream
 from rae.data.decoding import Transform, eval_transform, flipping, train_transform
 from rae.data.loaders import Ledger, eval_loader, train_loader
@@ -52,7 +52,7 @@ def build_train_loader(config: Config, ledger: Ledger) -> Any:
     dataset = _open(
         config,
         data.training,
-        transform=_train_transform(source, data.image_size),
+        transform=_train_transform(source, data),
         shuffle=source.shuffle,
         batch_size=batch_size,
         num_canonical_nodes=data.num_canonical_nodes,
@@ -63,10 +63,11 @@ def build_train_loader(config: Config, ledger: Ledger) -> Any:
     return loader
 
 
-def _train_transform(source: TrainData, image_size: int) -> Transform:
+def _train_transform(source: TrainData, data: Data) -> Transform:
     if source.crop == "random":
-        return train_transform(image_size, source.resize, source.flip)
-    return flipping(eval_transform(image_size)) if source.flip else eval_transform(image_size)
+        return train_transform(data.image_size, source.resize, source.flip, data.background)
+    centre = eval_transform(data.image_size, data.background)
+    return flipping(centre) if source.flip else centre
 
 
 def name_classes(config: Config) -> None:
@@ -140,7 +141,8 @@ def open_eval(config: Config, where: str) -> ImageDataset | None:
     """An evaluation set, if the configuration has one under this key."""
     if where not in config.data.evaluation:
         return None
-    return _open(config, {where: config.data.evaluation[where]}, transform=eval_transform(config.data.image_size))
+    transform = eval_transform(config.data.image_size, config.data.background)
+    return _open(config, {where: config.data.evaluation[where]}, transform=transform)
 
 
 def evaluators(
