@@ -13,7 +13,7 @@ from simplejpeg import decode_jpeg
 from torch import Tensor
 
 from rae.config.errors import first_line
-from rae.data.essentials import reduce_jpeg
+from rae.data.essentials import is_complete, reduce_jpeg
 from rae.data.formats import MAX_PIXELS, Data, open_image, orientation
 from rae.data.pixels import Background, changes_colours, to_rgb, to_srgb, upright
 
@@ -61,6 +61,8 @@ def _quiet() -> Iterator[None]:
 
 def _decode_jpeg(data: Data, image: Image.Image) -> tuple[np.ndarray, str]:
     pixels, fault = _samples(data, "CMYK" if image.mode == "CMYK" else "RGB")
+    if not fault and "progressive" in image.info and not is_complete(bytes(data)):
+        fault = "scans with its finer detail are missing"
     if image.mode == "CMYK":  # stored as what is left of the light
         pixels = np.array(Image.fromarray(255 - pixels, "CMYK").convert("RGB"))
     elif image.mode == "RGB" and (profile := image.info.get("icc_profile")) and changes_colours(profile):

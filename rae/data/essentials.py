@@ -1,5 +1,6 @@
 """What a picture needs of its file: what else is in it may be broken or long, and decoders refuse all for it."""
 
+import re
 import struct
 import zlib
 
@@ -7,6 +8,7 @@ _PNG, _MOST = b"\x89PNG\r\n\x1a\n", 2**20
 _KEPT = (b"tRNS", b"eXIf", b"iCCP")
 _TEXTS = (b"zTXtRaw profile type exif\0", b"tEXtRaw profile type exif\0", b"iTXtXML:com.adobe.xmp\0\0")
 _SCAN, _NOTES = 0xDA, {0xFE, *range(0xE2, 0xEE), 0xEF}
+_PROGRESSIVE, _MARKER = 0xC2, re.compile(rb"\xff[^\x00\xff\xd0-\xd9]")
 _LEAST = {0xE0: 16, 0xEE: 14}
 """Lengths of JFIF's and Adobe's segments of a JPEG, below which they are broken."""
 
@@ -65,3 +67,18 @@ def reduce_jpeg(data: bytes) -> bytes:
                 kept.append(data[place : place + 2 + length])
             place += 2 + length
     return data
+
+
+def is_complete(data: bytes) -> bool:
+    """Whether a progressive JPEG's scans give each coefficient of each component to its last bit."""
+    place, components, given = 2, 0, set()
+    while found := _MARKER.search(data, place):
+        marker, length = data[found.start() + 1], int.from_bytes(data[found.end() : found.end() + 2])
+        segment, place = data[found.end() + 2 : found.end() + length], found.end() + length
+        if marker == _PROGRESSIVE:
+            components = segment[5]
+        elif marker == _SCAN:
+            first, last, bits = segment[-3:]
+            if bits & 15 == 0:
+                given |= {(each, k) for each in segment[1:-3:2] for k in range(first, last + 1)}
+    return len(given) == 64 * components

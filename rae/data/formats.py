@@ -104,7 +104,7 @@ def _check_jpeg_2000(image: Image.Image, data: bytes) -> None:
     (components,) = struct.unpack_from(">H", data, start + 32)
     depth = max((each & 127) + 1 for each in data[start + 34 : start + 34 + 3 * components : 3])
     if depth > 8 and image.mode != "I;16":  # Pillow lets its white wrap around to black
-        raise ValueError(f"JPEG 2000 of {depth} bits is not read, but for grey from 10; convert it to PNG")
+        raise ValueError(f"JPEG 2000 of {depth} bits is read only in grey, from 10 bits on; convert it to PNG")
 
 
 def orientation(image: Image.Image) -> int:

@@ -215,7 +215,9 @@ def finish(
     for record in records:
         counts.update(record["counts"])
     if not counts:
-        raise UserError("none of the images could be read")
+        left_out = next((skip for record in records for skip in record["skipped"]), None)
+        reason = f": {left_out['path']} ({left_out['reason']})" if left_out else ""
+        raise UserError(f"none of the images could be read{reason}")
     shards = [shard for record in records for shard in record["shards"]]
     summary = {
         "images": sum(counts.values()),
