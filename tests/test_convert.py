@@ -234,6 +234,48 @@ def test_bombs_and_strips_are_left_out_with_a_reason(images, tmp_path):
     assert "too narrow" in reasons["dogs/strip.png"]
 
 
+def test_damage_that_decodes_is_counted_and_named(images, tmp_path):
+    out = tmp_path / "out"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(images / "dogs/whole.jpg")
+    whole = (images / "dogs/whole.jpg").read_bytes()
+    (images / "dogs/half.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")  # the lower half is grey
+    (images / "dogs/endless.jpg").write_bytes(whole[:-2])  # every pixel is there
+    done = convert(FOLDER, images, out)
+    assert "kept 1 damaged" in done.stdout and "dogs/half.jpg: Corrupt JPEG data" in done.stdout
+    (damaged,) = json.loads((out / "dataset.json").read_text())["damaged"]
+    assert damaged["path"] == "dogs/half.jpg"
+    found = convert(VERIFY, out)
+    assert "(dogs/half.jpg) decodes in part: Corrupt JPEG data: premature end of data segment" in found.stdout
+    assert found.stdout.endswith("12 samples are sound, 1 damaged, 0 faults\n")
+    assert convert(VERIFY, out, "--strict", check=False).returncode == 1
+    assert done.stderr == found.stderr == ""
+
+
+def test_where_nothing_can_be_read_the_first_reason_is_given(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/bomb.png").write_bytes(bomb())
+    done = convert(FOLDER, tmp_path / "in", tmp_path / "out", "--max-skipped=1", check=False)
+    assert "none of the images could be read: bomb.png (ValueError: 30000 × 30000 pixels" in done.stderr
+
+
+def test_what_is_stored_resized_has_the_background_that_is_asked_for(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "in/clear.png")
+    seen = {}
+    for background in ("black", "white", "drop"):
+        convert(FOLDER, tmp_path / "in", tmp_path / background, "--resize=32", f"--background={background}")
+        stored = Image.open(io.BytesIO(read(tmp_path / background)[0]["image"]))
+        seen[background] = [value > 127 for value in stored.getpixel((9, 9))]
+    assert seen == {"black": [False] * 3, "white": [True] * 3, "drop": [True, False, False]}
+
+
+def test_a_strip_that_no_jpeg_can_hold_is_refused_with_its_own_size(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("L", (20000, 100)).save(tmp_path / "in/strip.png")
+    done = convert(FOLDER, tmp_path / "in", tmp_path / "out", "--resize=384", check=False)
+    assert "20000 × 100 is too narrow to be resized to 384" in done.stderr
+
+
 def test_a_full_disk_is_one_line_and_no_loss(images, tmp_path):
     with files_of_at_most(8192):
         done = convert(FOLDER, images, tmp_path / "out", "--workers=1", "--shard-size=16kb", check=False)
