@@ -121,6 +121,8 @@ def test_other_formats_are_turned_once():
     turn[0x112] = 6
     for compression in (None, "tiff_lzw"):
         assert_shows(save(PHOTO, "TIFF", exif=turn, compression=compression), TURNED)
+        deep = Image.fromarray((RAMP * 65535).astype("u2"))
+        assert_shows(save(deep, "TIFF", exif=turn, compression=compression), np.rot90(RAMP, -1))
 
 
 BROKEN = {
@@ -205,6 +207,12 @@ def test_tiffs_that_pillow_mistakes_are_refused():
     lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     with pytest.raises(ValueError, match="CIE Lab"):
         decode(save(ImageCms.profileToProfile(PHOTO, *lab, outputMode="LAB"), "TIFF"))
+
+
+def test_a_tiff_without_its_lower_part_is_refused():
+    height, higher = (struct.pack("<HHII", 257, 4, 1, rows) for rows in (32, 64))
+    with pytest.raises(ValueError, match="its lower part is missing"):
+        decode(tiff(RAMP.astype("u1"), 1, 1).replace(height, higher))
 
 
 def test_portable_floats_are_fractions_and_sixteen_bits_are_scaled():

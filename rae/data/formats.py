@@ -19,9 +19,9 @@ FORMATS = (
     *("PPM", "PSD", "QOI", "SGI", "PCX", "TGA"),
 )
 """Pillow's names of what is read, where it has the decoder. The last has no mark of its own to be known by."""
-BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT, SUBSAMPLING = 258, 262, 284, 339, 530
+ROWS, BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT, SUBSAMPLING = 257, 258, 262, 284, 339, 530
 YCBCR, SIGNED = 6, 2
-"""Tags of TIFF, and values of the second and the fourth."""
+"""Tags of TIFF, and values of the third and the fifth."""
 _NATIVE = {"I;16BS": "I;16NS", "F;32BF": "F;32NF"}
 warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file, as what it logs
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -88,6 +88,8 @@ def _check_tiff(image: Image.Image) -> None:
         raise ValueError(f"it is unknown what is white in signed samples of {bits} bits; convert it to unsigned ones")
     if (planes and image.mode in ("LA", "PA", "La")) or (raw and ((planes and bits > 8) or subsampled)):
         raise ValueError("a TIFF with samples in this order is not read; convert it to PNG")
+    if max(each.extents[3] for each in image.tile) < tags[ROWS]:  # type: ignore[attr-defined]
+        raise ValueError("its lower part is missing")
     if raw:
         return
     raw_mode, *others = tile.args  # libtiff gives samples in this machine's order, which Pillow forgets of some
@@ -109,6 +111,9 @@ def _check_jpeg_2000(image: Image.Image, data: bytes) -> None:
 
 def orientation(image: Image.Image) -> int:
     """Which way up a freshly opened image is, as EXIF numbers it from 1 to 8; Pillow then leaves it so."""
+    image._size = getattr(
+        image, "_tile_size", image.size
+    )  # of a TIFF, Pillow gives the size that it would have upright
     try:
         # Image's own method: a PNG's would decode the pixels to look behind them.
         value = Image.Image.getexif(image).pop(ExifTags.Base.Orientation, 1)

@@ -12,7 +12,8 @@ from rae.data.formats import BITS, PHOTOMETRIC, SAMPLE_FORMAT, SIGNED, orientati
 
 Background = Literal["black", "white", "drop"]
 """What is seen where an image is transparent; ``drop`` shows its colours as if they were opaque."""
-_DEEP = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "RGBA;16N": "RGBA;16B", "LA;16B": "RGBA"}
+_DEEP = {"RGB;16B": "RGB;16L", "LA;16B": "RGBA"}
+_DEEP |= {"RGBA;16B": "RGBA;16L", "RGBA;16L": "RGBA;16B", "RGBA;16N": "RGBA;16B"}
 """Forms of samples of 16 bits, and what to take them for so that their lower halves come out."""
 _FEW_BITS = {"L;2": 85, "L;4": 17}
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -66,9 +67,10 @@ def _deep_samples(image: Image.Image, form: str, key: tuple[int, ...] | None) ->
     """Colours and opacity of 16 bits, (H, W, 4), of which Pillow gives the upper halves: so the lower ones, too."""
     low = type(image)(io.BytesIO(image.fp.getvalue()))  # type: ignore[attr-defined, call-arg]
     orientation(low)
-    args = low.tile[0].args  # type: ignore[attr-defined]
-    other = _DEEP[form] if isinstance(args, str) else (_DEEP[form], *args[1:])
-    low.tile = [low.tile[0]._replace(args=other)]  # type: ignore[attr-defined]
+    low.tile = [  # type: ignore[attr-defined]
+        each._replace(args=_DEEP[form] if isinstance(each.args, str) else (_DEEP[form], *each.args[1:]))
+        for each in low.tile  # type: ignore[attr-defined]
+    ]
     if form == "LA;16B":
         return np.asarray(low).view(">u2")[..., [0, 0, 0, 1]].astype(np.uint16)
     samples = np.asarray(image) * np.uint16(256) + np.asarray(low)
