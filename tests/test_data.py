@@ -64,6 +64,17 @@ def test_transparency_and_animation():
     assert decode(animated)[:, 0, 0].tolist() == [255, 0, 0]
 
 
+@pytest.mark.parametrize("crop", ["random", "center"])
+def test_a_run_sees_the_background_that_its_configuration_names(crop):
+    from rae.config.sections import Data
+    from rae.training.data import _train_transform
+
+    clear = encode(Image.new("RGBA", (8, 8), (255, 0, 0, 0)))
+    for background, expected in (("black", [0, 0, 0]), ("white", [255] * 3), ("drop", [255, 0, 0])):
+        data = Data(image_size=8, background=background, train={"path": "there", "crop": crop})
+        assert _train_transform(data.train, data)(clear, Random(0))[:, 0, 0].tolist() == expected
+
+
 def test_train_transform_is_the_references_resize_and_crop():
     """Against Pillow's bicubic resize of the short side and a crop at the same place."""
     image = train_transform(64, 96)(encode(PHOTO), Random(3))

@@ -18,7 +18,6 @@ from rae.data.formats import MAX_PIXELS, Data, open_image, orientation
 from rae.data.pixels import Background, changes_colours, to_rgb, to_srgb, upright
 
 Transform = Callable[[Data, Random], Tensor]
-_END = b"\xff\xd9"
 
 
 def decode(data: Data, background: Background = "black") -> Tensor:
