@@ -168,11 +168,13 @@ def test_damaged_images_are_named_and_left_out(undisturbed, tmp_path, capsys):
     folder = write_images(tmp_path / "images", 3)
     (folder / "001.png").write_bytes(b"no image")
     (folder / "empty.jpg").touch()
+    Image.new("RGB", (60000, 1)).save(folder / "strip.png")  # enlarged, it would take 11 GB
     reconstruct(undisturbed, folder, "--out", tmp_path / "out")
     said = capsys.readouterr().err
+    assert "left out: strip.png" in said and "60000 × 1 is too narrow" in said
     assert "left out: 001.png" in said and "left out: empty.jpg" in said and "the file is empty" in said
     assert [image["name"] for image in figures_of(tmp_path / "out")["images"]] == ["000.png", "002.png"]
-    assert len(figures_of(tmp_path / "out")["left_out"]) == 2
+    assert len(figures_of(tmp_path / "out")["left_out"]) == 3
     for name in ("000.png", "002.png"):
         (folder / name).unlink()
     with pytest.raises(SystemExit):

@@ -104,7 +104,7 @@ def _grey(image: Image.Image, tags: Any) -> np.ndarray:
 
 def _flat(image: Image.Image, background: Background) -> Image.Image:
     if background == "drop" or not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     if image.mode == "La":
         image = image.convert("LA")
     image = image.convert("RGBA")
