@@ -1,21 +1,31 @@
-"""Turn a folder of images, in class sub-folders or not, local or in an S3 bucket, into MDS shards for training."""
+"""Turn images in folders or tar files (ImageNet's, WebDataset), local or in S3, into MDS shards for training."""
 
 from rae.survival.interrupts import INTERRUPTED, heed_interrupts
 
 heed_interrupts(INTERRUPTED)  # the rest takes seconds to import
 
 import argparse
+import functools
 from dataclasses import replace
 
 from rae.data import conversion
-from rae.data.listing import list_images
+from rae.data.sources import of_one_class_list, open_source
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("images", help="folder of images, or s3://…; each sub-folder (nested ones too) is a class")
+    parser.add_argument(
+        "images", help="folder of images, tar files ('shards/{000..012}.tar'), or s3://…; a sub-folder is a class"
+    )
     conversion.add_options(parser)
     parser.add_argument("--skip-empty-classes", action="store_true", help="leave out folders without images")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="what says the classes of images without folders: ImageNet's devkit, torchvision's meta.bin, a .csv",
+    )
+    parser.add_argument("--image-key", metavar="SUFFIX", help="of a WebDataset's images, where samples have several")
+    parser.add_argument("--label-key", metavar="SUFFIX", help="of a WebDataset's labels (default: cls)")
     split = parser.add_mutually_exclusive_group()
     conversion.add_val_fraction(split)
     split.add_argument(
@@ -24,15 +34,16 @@ def main() -> None:
         help="sub-folders of IMAGES that are splits: IMAGES/A becomes OUT/A, with one class list",
     )
     arguments = parser.parse_args()
-    options, images = conversion.options_from(arguments), arguments.images.rstrip("/")
+    options, images = conversion.options_from(arguments), arguments.images.rstrip("/") or "/"
+    conversion.refuse_inside(options.out, images)
+    names = ("skip_empty_classes", "caption", "labels", "image_key", "label_key", "no_labels")
+    listed = functools.partial(open_source, **{name: getattr(arguments, name) for name in names})
     if not arguments.splits:
-        conversion.convert_splits(list_images(images, arguments.skip_empty_classes), options, arguments.val_fraction)
+        conversion.convert_splits(listed(images), options, arguments.val_fraction)
         return
-    names = arguments.splits.split(",")
-    sources = [list_images(f"{images}/{name}", arguments.skip_empty_classes) for name in names]
-    classes = sorted({name for source in sources for name in source.classes})
-    for name, source in zip(names, sources, strict=True):
-        source.classes, source.labels = classes, {name: label for label, name in enumerate(classes)}
+    splits = arguments.splits.split(",")
+    sources = of_one_class_list([listed(f"{images}/{name}") for name in splits])
+    for name, source in zip(splits, sources, strict=True):
         into = replace(options, out=f"{options.out.rstrip('/')}/{name}")
         conversion.report(conversion.write_shards(source, into), into.out)
 

@@ -63,6 +63,8 @@ class RunModel:
     """Whether activations are computed again in the backward pass; to be set. None where there is no such choice."""
     needs_images: ClassVar[bool] = True
     """Whether a step needs a batch's images where there are its precomputed latents."""
+    needs_labels: bool = False
+    """Whether a step needs the numbers of the images' classes."""
     reconstructs: ClassVar[bool] = True
     """Whether what it evaluates is to be compared image by image with what it was given."""
     network: nn.Module

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 
+from rae.data.conversion import report
 from rae.survival.processes import one_at_a_time
 from tests.conftest import PATIENCE, ROOT, files_of_at_most, write_images
 
@@ -386,3 +387,182 @@ def test_wrong_hugging_face_input_is_one_line(saved, images, tmp_path, arguments
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+LABELS = {
+    "bool": ([True, False, True, None], ["False", "True"], [1, 0, 1, -1]),
+    "numbers": ([2, 0, -1, None], ["0", "1", "2"], [2, 0, -1, -1]),
+    "large": ([10**15, 7, -1, 7], ["7", "1000000000000000"], [1, 0, -1, 0]),
+    "negative": ([-3, -1, 5, 5], ["-3", "-1", "5"], [0, 1, 2, 2]),
+    "text": (["dog", "cat", None, ""], ["cat", "dog"], [1, 0, -1, -1]),
+    "float": ([0.5, float("nan"), -2.0, 0.5], ["-2", "0.5"], [1, -1, 0, 1]),
+    "whole floats": ([1.0, None, 0.0, 1.0], ["0", "1"], [1, -1, 0, 1]),
+    "classes": ([1, 0, -1, None], ["x", "y"], [1, 0, -1, -1]),
+    "none": ([None, None, None, None], [], [-1, -1, -1, -1]),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_any_kind_add_up(kind, images, tmp_path):
+    values, classes, stored = LABELS[kind]
+    files = [{"bytes": file.read_bytes(), "path": file.name} for file in sorted(images.glob("dogs/*.png"))]
+    features = datasets.Features({"image": datasets.Image()})
+    data = datasets.Dataset.from_dict({"image": files, "label": values})
+    features["label"] = datasets.ClassLabel(names=["x", "y"]) if kind == "classes" else data.features["label"]
+    data.cast(features).save_to_disk(tmp_path / "saved")
+    convert(HF, tmp_path / "saved", tmp_path / "out", "--keep-order")
+    summary = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert summary["classes"] == classes
+    assert [sample["label"] for sample in read(tmp_path / "out")] == stored
+    assert sum(summary["counts"]) + summary["unlabelled"] == summary["images"] == 4
+    assert summary["counts"] == [stored.count(label) for label in range(len(classes))]
+    convert(HF, tmp_path / "saved", tmp_path / "without", "--no-labels")
+    assert {sample["label"] for sample in read(tmp_path / "without")} == {-1}
+    assert json.loads((tmp_path / "without/dataset.json").read_text())["unlabelled"] == 4
+
+
+def test_several_labels_an_image_are_refused_or_left_out(images, tmp_path):
+    files = sorted(map(str, images.glob("dogs/*.png")))
+    data = datasets.Dataset.from_dict({"image": files, "label": [[0, 1], [], [1], [2]]})
+    data.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
+    refused = convert(HF, tmp_path / "saved", tmp_path / "out", check=False)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert "column 'label' holds several labels an image" in refused.stderr and "--no-labels" in refused.stderr
+    convert(HF, tmp_path / "saved", tmp_path / "out", "--no-labels")
+
+
+def test_a_folder_of_parquet_as_the_hub_stores_it(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = [{"bytes": file.read_bytes(), "path": file.name} for file in sorted(images.glob("dogs/*.png"))]
+    (tmp_path / "hub/data").mkdir(parents=True)
+    rows = {"image": files, "label": ["b", "a", "b", "c"], "text": ["one", "two", None, "four"]}
+    data = datasets.Dataset.from_dict(rows)
+    for name, part in (("train", range(3)), ("test", [3])):
+        data.select(part).to_parquet(tmp_path / f"hub/data/{name}-00000-of-00001.parquet")
+    assert "choose a split with --split: " in convert(HF, tmp_path / "hub", tmp_path / "out", check=False).stderr
+    convert(HF, tmp_path / "hub", tmp_path / "out", "--split=train", "--keep-order", "--caption=text")
+    samples = read(tmp_path / "out")
+    assert [(sample["label"], sample["caption"]) for sample in samples] == [(1, "one"), (0, "two"), (1, "")]
+    assert [sample["image"] for sample in samples] == [row["bytes"] for row in files[:3]]
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["classes"] == ["a", "b", "c"]  # of both splits
+    one = tmp_path / "hub/data/test-00000-of-00001.parquet"
+    convert(HF, one, tmp_path / "one")
+    one.write_bytes(one.read_bytes()[:-100])
+    refused = convert(HF, one, tmp_path / "cut", check=False)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+
+
+def test_what_is_not_looked_at_is_counted_and_named(images, tmp_path):
+    for name in ("@eaDir", "__MACOSX", ".thumbnails"):
+        (images / "dogs" / name).mkdir()
+        (images / "dogs" / name / "small.jpg").write_bytes(b"")
+    (images / "dogs/IMG_1.HEIF_").write_bytes(b"")
+    (images / "dogs/raw.NEF").write_bytes(b"")
+    (images / "dogs/scan").write_bytes(b"")
+    (images / "dogs/gone.png").symlink_to("/nowhere/annex/1.png")
+    (images / "dogs/round.png").symlink_to("round.png")
+    (images / "birds").symlink_to("/nowhere/birds")
+    (images / "dogs/up").symlink_to(images)
+    done = convert(FOLDER, images, tmp_path / "out")
+    assert "10 images, 3 classes" in done.stdout
+    assert "were not looked at: 3 links that lead nowhere, " in done.stdout
+    passed = json.loads((tmp_path / "out/dataset.json").read_text())["passed_over"]
+    assert passed.pop("links that lead nowhere") == {
+        "count": 3, "names": ["birds", "dogs/gone.png", "dogs/round.png"],
+    }  # fmt: skip
+    names = {
+        "@eaDir",
+        "__MACOSX",
+        "hidden",
+        ".HEIF_",
+        ".NEF",
+        "without a suffix",
+        ".txt",
+        "links to a folder above them",
+    }
+    assert {name: each["count"] for name, each in passed.items()} == dict.fromkeys(names, 1)
+    assert "raw.NEF" in done.stdout
+
+
+def test_a_folder_of_unread_formats_alone_says_so(tmp_path, monkeypatch):
+    (tmp_path / "phone").mkdir()
+    for i in range(3):
+        (tmp_path / f"phone/{i}.DNG").write_bytes(b"")
+    refused = convert(FOLDER, tmp_path / "phone", tmp_path / "out", check=False)
+    assert refused.stderr.endswith(
+        "there are no images below '%s'; 3 were not looked at: 3 .DNG\n" % (tmp_path / "phone")
+    )
+
+
+def test_changed_files_are_not_mixed_with_what_was_stored(images, tmp_path):
+    (images / "dogs/damaged.png").write_bytes(b"damaged")
+    assert convert(FOLDER, images, tmp_path / "out", check=False).returncode == 2
+    Image.new("RGB", (80, 80), "red").save(images / "cats/big/000.png")
+    refused = convert(FOLDER, images, tmp_path / "out", "--max-skipped=1", check=False)
+    assert "of files that have changed since" in refused.stderr
+    convert(FOLDER, images, tmp_path / "out", "--max-skipped=1", "--overwrite")
+    stored = {sample["path"]: sample["image"] for sample in read(tmp_path / "out")}
+    assert stored["cats/big/000.png"] == (images / "cats/big/000.png").read_bytes()
+
+
+def test_a_changed_data_set_is_not_mixed_with_what_was_stored(images, tmp_path):
+    def save(first: str) -> None:
+        rows = [{"bytes": (images / first).read_bytes(), "path": None}, {"bytes": b"damaged", "path": None}]
+        data = datasets.Dataset.from_dict({"image": rows, "label": [0, 1]}).cast_column("image", datasets.Image())
+        data.save_to_disk(tmp_path / "saved")
+
+    save("dogs/000.png")
+    assert convert(HF, tmp_path / "saved", tmp_path / "out", check=False).returncode == 2
+    save("dogs/001.png")
+    assert "have changed" in convert(HF, tmp_path / "saved", tmp_path / "out", "--max-skipped=1", check=False).stderr
+
+
+@pytest.mark.parametrize("out", ["shards", "cats/../deep/shards"])
+def test_an_output_among_the_images_is_refused_at_once(images, out):
+    before = sorted(images.rglob("*"))
+    refused = convert(FOLDER, images, images / out, check=False)
+    assert refused.returncode == 2 and "give another place" in refused.stderr
+    assert sorted(images.rglob("*")) == before
+
+
+def test_images_inside_a_data_set_are_not_replaced_with_it(images, tmp_path):
+    convert(FOLDER, images, tmp_path / "out")
+    images.rename(tmp_path / "out/images")
+    refused = convert(FOLDER, tmp_path / "out/images", tmp_path / "out", "--overwrite", check=False)
+    assert refused.returncode == 2 and "would be replaced" in refused.stderr
+    assert (tmp_path / "out/images/dogs/000.png").exists()
+
+
+def test_names_with_brackets_are_printed_whole(images, tmp_path):
+    odd = tmp_path / "a [bold]b[/] :smile: [/c]"
+    (images / "dogs/[").mkdir()
+    (images / "dogs/[/x] y.png").write_bytes(b"damaged")
+    (images / "dogs/[/x] y.raw").write_bytes(b"")
+    done = convert(FOLDER, images, odd, "--max-skipped=1", "--skip-empty-classes")
+    assert f"{odd}: 10 images" in done.stdout
+    assert "dogs/[/x] y.png" in done.stdout and "dogs/[/x] y.raw" in done.stdout
+
+
+def test_texts_beside_images_are_kept_when_asked(images, tmp_path):
+    (images / "dogs/000.txt").write_text("a dog")
+    convert(FOLDER, images, tmp_path / "out", "--caption=txt")
+    captions = {sample["path"]: sample["caption"] for sample in read(tmp_path / "out")}
+    assert captions.pop("dogs/000.png") == "a dog"
+    assert set(captions.values()) == {""}
+    assert "no image has such a text" in convert(FOLDER, images, tmp_path / "no", "--caption=text", check=False).stderr
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(6, "│ 0.17 "), (0.01, "│ 100 ")])
+def test_rates_are_never_rounded_to_nothing(seconds, shown, capsys):
+    summary = {
+        "images": 1,
+        "classes": [],
+        "unlabelled": 1,
+        "skipped": [],
+        "damaged": [],
+        "passed_over": {},
+        "bytes": 1,
+        "options": {},
+    }
+    report(summary | {"seconds": seconds}, "out")
+    assert shown in capsys.readouterr().out

@@ -17,6 +17,7 @@ from rae.data.dataset import ImageDataset, open_dataset, open_stream
 from rae.data.decoding import MAX_PIXELS, decode, eval_transform, train_transform
 from rae.data.loaders import Ledger, eval_loader, train_loader
 from rae.data.reader import BadSampleError, DataError
+from rae.survival.storage import same_place
 from rae.training.checks import check_data
 from tests.conftest import files_of_at_most, launch, metrics_of, tiny_settings
 
@@ -90,6 +91,28 @@ def test_an_invalid_index_is_named(shards, data, tmp_path, content, reason):
     with pytest.raises(UserError, match=reason) as caught:
         check_data(Config.model_validate(settings))
     assert str(caught.value).startswith(f"data.eval.path: {data}/index.json is damaged")
+
+
+@pytest.mark.parametrize("spelled", ["{}/", "{}/.", "{}/../{name}", "//{}", "LINK", "RELATIVE", "~/{name}", "HARD"])
+def test_training_data_are_known_however_they_are_spelled(shards, data, tmp_path, spelled, monkeypatch):
+    monkeypatch.setenv("HOME", str(data.parent))
+    (tmp_path / "link").symlink_to(data)
+    (tmp_path / "hard").mkdir()
+    for file in data.iterdir():
+        (tmp_path / "hard" / file.name).hardlink_to(file)
+    places = {"LINK": tmp_path / "link", "RELATIVE": os.path.relpath(data), "HARD": tmp_path / "hard"}
+    settings = tiny_settings(shards, tmp_path / "run")
+    settings["data"]["train"] = {"path": str(data)}
+    settings["data"]["eval"] = {"path": str(places.get(spelled, spelled.format(data, name=data.name)))}
+    with pytest.raises(UserError, match=r"data\.eval\.path: it is data\.train\.path too"):
+        check_data(Config.model_validate(settings))
+
+
+def test_buckets_are_known_however_they_are_spelled():
+    for other in ("s3://bucket/a/b/", "S3://bucket/a/b", "s3://Bucket//a//b", "s3://bucket/a/./c/../b"):
+        assert same_place("s3://bucket/a/b", other)
+    assert not same_place("s3://bucket/a/b", "s3://bucket/a/B")
+    assert not same_place("s3://bucket/a/b", "gs://bucket/a/b")
 
 
 def test_shards_without_images_are_refused(tmp_path):

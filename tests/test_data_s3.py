@@ -65,6 +65,19 @@ def test_an_interrupted_conversion_into_a_bucket_goes_on(converted, client):
     assert convert(VERIFY, f"s3://{BUCKET}/again").stdout.endswith("24 samples are sound, 0 faults\n")
 
 
+def test_changed_objects_are_not_mixed_with_what_was_stored(client, tmp_path):
+    images = write_images(tmp_path / "images", 2)
+    for name, content in (("0.png", (images / "000.png").read_bytes()), ("1.png", b"damaged"), ("2.heix", b"")):
+        client.put_object(Bucket=BUCKET, Key=f"changing/{name}", Body=content)
+    assert convert(FOLDER, f"s3://{BUCKET}/changing", tmp_path / "out", check=False).returncode == 2
+    client.put_object(Bucket=BUCKET, Key="changing/0.png", Body=(images / "001.png").read_bytes())
+    command = [FOLDER, f"s3://{BUCKET}/changing", tmp_path / "out", "--max-skipped=1"]
+    assert "have changed since" in convert(*command, check=False).stderr
+    assert "1 was not looked at: 1 .heix" in convert(*command, "--overwrite").stdout
+    inside = convert(FOLDER, f"s3://{BUCKET}/changing", f"s3://{BUCKET}//changing/out", check=False)
+    assert "give another place" in inside.stderr
+
+
 def test_shards_stream_from_the_bucket(converted, tmp_path):
     dataset = open_dataset(
         converted[1], tmp_path / "cache", transform=train_transform(64, 80), seed=0, shuffle=True, batch_size=8

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from streaming import MDSWriter
 
 from rae.autoencoder.rae import to_float
 from rae.config.arguments import build
@@ -15,7 +16,7 @@ from rae.data.dataset import open_dataset
 from rae.data.decoding import eval_transform
 from rae.data.loaders import eval_loader
 from rae.exchange.latents import Moments
-from tests.conftest import TINY, tiny_settings
+from tests.conftest import TINY, tiny_settings, write_images
 from tests.forks import run_ranks
 from tests.test_convert import convert
 
@@ -35,6 +36,16 @@ def whole(settings):
     """The latents of 40 images, in parts of three, by one process."""
     convert(LATENTS, settings, settings.parent / "out", "--with-images")
     return settings.parent / "out"
+
+
+def test_a_large_label_takes_no_memory(settings, tmp_path):
+    picture = write_images(tmp_path / "images", 1) / "000.png"
+    with MDSWriter(out=str(tmp_path / "data"), columns={"image": "bytes", "label": "int"}) as writer:
+        for label in (10**15, -1):
+            writer.write({"image": picture.read_bytes(), "label": label})
+    convert(LATENTS, settings, tmp_path / "out", f"data.train.path={tmp_path / 'data'}")
+    summary = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert (summary["classes"], summary["counts"], summary["unlabelled"]) == ([], [], 2)
 
 
 def read(folder):

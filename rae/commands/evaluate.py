@@ -143,13 +143,13 @@ def _print(results: "list[Evaluated]", about: dict[str, Any], compare: bool) -> 
 
     from rae.evaluation.comparison import rows
 
-    table = Table(title=f"{about['data']}: {about['images']:,} images", title_justify="left")
+    table = Table(title=f"{escape(about['data'])}: {about['images']:,} images", title_justify="left")
     table.add_column("")
     for each in results:
         table.add_column(escape(each.label), justify="right", overflow="fold")
     for name, values, best in rows(results):
         texts = [text + (" *" if compare and i == best else "  " * compare) for i, text in enumerate(values)]
         table.add_row(name, *texts)
-    Console().print(table)
+    Console(emoji=False).print(table)
     if compare:
         print("* the best of its row")

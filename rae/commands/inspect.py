@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rae.exchange.inspection.dispatch import inspect
 
     report = inspect(arguments.path, arguments.verify)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
     console.print(f"{escape(arguments.path)}: {report.kind}")
     for title, rows in report.tables.items():
         width = max(len(row) for row in rows)

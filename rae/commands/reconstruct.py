@@ -150,7 +150,7 @@ def _report(out: str, records: "list[Record]", shown: int) -> None:
         worst = records[total.worst]
         values = (total.mean, total.median, worst.figures[name])
         table.add_row(name, *(text_of(name, value) for value in values), escape(worst.name))
-    Console().print(table)
+    Console(emoji=False).print(table)
     page = Path(out, PAGE)
     print(f"{len(records):,} images in {out}; {shown:,} of them on {page} ({page.stat().st_size / 1e6:,.1f} MB)")
     if shown < len(records):

@@ -3,6 +3,9 @@
 import argparse
 import collections
 import concurrent.futures
+import errno
+import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +14,7 @@ from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
+import xxhash
 from rich.console import Console
 from rich.table import Table
 from streaming.base.compression import is_compression
@@ -20,10 +24,12 @@ from torchvision.io import encode_jpeg
 
 from rae.config.errors import UserError, first_line
 from rae.data.decoding import decode_and_judge, refuse_strip, resize_short_side
+from rae.data.kinds import Aside, said_of
 from rae.data.parts import Job, Options, PartWriter, finish, run_parts, stopping
 from rae.data.pixels import Background
-from rae.data.shards import SUMMARY, Place
+from rae.data.shards import INDEX, SUMMARY, Place
 from rae.survival.interrupts import INTERRUPTED, run_interruptibly
+from rae.survival.storage import canonical
 
 COLUMNS = {"image": "bytes", "label": "int", "path": "str"}
 _LONGEST = 65500
@@ -33,18 +39,24 @@ _READ_AHEAD = 16
 
 
 class ImageSource(Protocol):
-    """A sequence of encoded images: ``source[i]`` is (name, file bytes, label).
+    """A sequence of encoded images: ``source[i]`` is (name, file bytes, label), with label −1 for none.
 
-    ``fingerprint`` changes with the list of images, ``remote`` says that reading one waits for a network.
+    ``fingerprint`` changes with the list of images and with their files, ``remote`` says that reading one waits for a
+    network, ``aside`` is what was passed over.
     """
 
     classes: list[str]
     fingerprint: str
     remote: bool
+    aside: Aside
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[str, bytes, int]: ...
+
+    def caption(self, index: int, which: str) -> str:
+        """An image's text, of the kind that ``--caption`` names; '' where it has none."""
+        ...
 
 
 def encode(data: bytes, options: Options) -> tuple[bytes, str]:
@@ -63,13 +75,14 @@ def encode(data: bytes, options: Options) -> tuple[bytes, str]:
 
 
 def write_shards(source: ImageSource, options: Options, first: int = 0, last: int | None = None) -> dict[str, Any]:
-    """Write ``source`` as MDS shards with columns image (file bytes), label (int) and path (str).
+    """Write ``source`` as MDS shards with columns image (file bytes), label (int), path (str) and caption if asked.
 
     Args:
         first, last: write the images at these positions of the order only (of the shuffled one, unless it is kept).
 
     Returns:
-        what ``dataset.json`` holds: images, bytes, classes, counts, skipped, options, seconds, content_hash.
+        what ``dataset.json`` holds: images, bytes, classes, counts, unlabelled, skipped, passed_over, options, seconds,
+        content_hash.
 
     Raises:
         UserError: no images, an existing output, or more unreadable images than ``max_skipped``.
@@ -78,7 +91,9 @@ def write_shards(source: ImageSource, options: Options, first: int = 0, last: in
     if last <= first:
         raise UserError("there are no images to convert")
     began, place = time.perf_counter(), Place(options.out)
-    content: dict[str, Any] = {"source": f"{source.fingerprint} {first}:{last}", "options": options.content()}
+    classes = [] if options.no_labels else source.classes
+    named = xxhash.xxh3_128_hexdigest("\0".join(classes))
+    content: dict[str, Any] = {"source": f"{source.fingerprint} {named} {first}:{last}", "options": options.content()}
     place.refuse_existing(options.overwrite)  # before the images are looked at
     plan = {**content, "part": _part_size(source, options, first, last)}
     plan = place.begin(plan, options.overwrite)
@@ -89,7 +104,10 @@ def write_shards(source: ImageSource, options: Options, first: int = 0, last: in
         skipped += record["skipped"]
         if len(skipped) > options.max_skipped:
             raise _too_many(skipped, options.max_skipped)
-    return finish(place, records, source.classes, content["options"], time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    if options.caption and not any(record["captions"] for record in records):
+        raise UserError(f"--caption {options.caption}: no image has such a text")
+    return finish(place, records, classes, options.content(), seconds, source.aside.kinds)
 
 
 def _part_size(source: ImageSource, options: Options, first: int, last: int) -> int:
@@ -114,44 +132,58 @@ def _too_many(skipped: list[dict[str, str]], limit: int) -> UserError:
 
 def _image_part(job: Job, part: int) -> dict[str, Any]:
     counts: collections.Counter[int] = collections.Counter()
-    skipped, damaged, size = [], [], 0
-    with PartWriter(job, part, COLUMNS) as writer:
-        for name, data, label, fault, damage in _read_encoded(job, part):
+    skipped, damaged, size, texts = [], [], 0, 0
+    columns = COLUMNS | ({"caption": "str"} if job.options.caption else {})
+    with PartWriter(job, part, columns) as writer:
+        for sample, fault, damage in _read_encoded(job, part):
             if fault:
-                skipped.append({"path": name, "reason": fault})
+                skipped.append({"path": sample["path"], "reason": fault})
                 if len(skipped) > job.options.max_skipped:
                     break
                 continue
-            writer.write({"image": data, "label": label, "path": name})
-            damaged += [{"path": name, "reason": damage}] if damage else []
-            counts[label] += 1
-            size += len(data)
+            writer.write(sample)
+            damaged += [{"path": sample["path"], "reason": damage}] if damage else []
+            counts[sample["label"]] += 1
+            size += len(sample["image"])
+            texts += bool(sample.get("caption"))
             if stopping():
                 raise UserError("interrupted")
-        return writer.finish(counts=counts, bytes=size, skipped=skipped, damaged=damaged)
+        return writer.finish(counts=counts, bytes=size, captions=texts, skipped=skipped, damaged=damaged)
 
 
-def _read_encoded(job: Job, part: int) -> Iterator[tuple[str, bytes, int, str, str]]:
-    for index, read in _read_ahead(job.source, job.indices(part)):
-        name, label = f"image {index}", 0
+def _read_encoded(job: Job, part: int) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Samples, each with what is wrong with it or '', and what is amiss with it though it decodes."""
+    for index, read in _read_ahead(_read(job), job.source.remote, job.indices(part)):
+        sample = {"path": f"image {index}"}
         try:
-            name, data, label = read()
-            stored, damage = encode(data, job.options)
-            yield name, stored, label, "", damage
+            sample = read()
+            stored, damage = encode(sample["image"], job.options)
+            yield sample | {"image": stored}, "", damage
         except Exception as error:
-            if isinstance(error, OSError) and error.errno is not None:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EACCES):
                 raise  # the disk's fault, not the image's
-            yield name, b"", label, f"{type(error).__name__}: {first_line(error)}", ""
+            yield sample, f"{type(error).__name__}: {first_line(error)}", ""
 
 
-def _read_ahead(source: Any, indices: np.ndarray) -> Iterator[tuple[int, Callable[[], Any]]]:
-    if not source.remote:
-        yield from ((int(i), lambda i=i: source[int(i)]) for i in indices)
+def _read(job: Job) -> Callable[[int], dict[str, Any]]:
+    source, options = job.source, job.options
+
+    def read(index: int) -> dict[str, Any]:
+        name, data, label = source[index]
+        sample = {"image": data, "label": -1 if options.no_labels else label, "path": name}
+        return sample | ({"caption": source.caption(index, options.caption)} if options.caption else {})
+
+    return read
+
+
+def _read_ahead(read: Callable[[int], Any], remote: bool, indices: np.ndarray) -> Iterator[tuple[int, Callable]]:
+    if not remote:
+        yield from ((int(i), functools.partial(read, int(i))) for i in indices)
         return
     with concurrent.futures.ThreadPoolExecutor(_READ_AHEAD) as pool:
         waiting: collections.deque[Any] = collections.deque()
         for i in indices:
-            waiting.append((int(i), pool.submit(source.__getitem__, int(i)).result))
+            waiting.append((int(i), pool.submit(read, int(i)).result))
             if len(waiting) >= _READ_AHEAD:
                 yield waiting.popleft()
         yield from waiting
@@ -182,6 +214,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep-order", action="store_true", help="keep the source's order (default: shuffled, fixed)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing or unfinished data set")
+    parser.add_argument("--no-labels", action="store_true", help="store no labels, whatever the source says")
+    parser.add_argument(
+        "--caption",
+        metavar="WHICH",
+        help="keep texts as a column: of files beside the images (txt, json), or a column's name",
+    )
 
 
 def options_from(arguments: argparse.Namespace) -> Options:
@@ -211,6 +249,14 @@ def options_from(arguments: argparse.Namespace) -> Options:
     if options.max_skipped < 0:
         raise UserError(f"--max-skipped must not be negative, but is {options.max_skipped}")
     return options
+
+
+def refuse_inside(out: str, source: str) -> None:
+    """Raise UserError where shards would be written among the images that are read, or replace them."""
+    if canonical(out).startswith(canonical(source).rstrip("/") + "/"):
+        raise UserError(f"{out} is inside {source}, whose images are read; give another place")
+    if canonical(source).startswith(canonical(out) + "/") and os.path.isfile(f"{out}/{INDEX}"):
+        raise UserError(f"{source} is inside {out}, a data set that would be replaced; give another place")
 
 
 def add_val_fraction(parser: argparse.ArgumentParser) -> None:
@@ -244,22 +290,32 @@ def convert_splits(source: ImageSource, options: Options, val_fraction: float | 
 
 def report(summary: dict[str, Any], out: str) -> None:
     """Print what a conversion did as a table; what was left out, with reasons, as another."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     skipped, damaged, rate = summary["skipped"], summary["damaged"], summary["images"] / max(summary["seconds"], 0.01)
     console.print(f"{out}: {summary['images']:,} images, {len(summary['classes'])} classes")
     table = Table("", "", show_header=False)
-    told = {name: summary[name] for name in ("images", "classes", "bytes", "seconds")}
-    told |= {"classes": len(summary["classes"]), "images/s": round(rate), "left out": len(skipped)}
-    told |= {"damaged": len(damaged)} if damaged else {}
+    told = {name: f"{summary[name]:,}" for name in ("images", "bytes", "seconds")}
+    told |= {"classes": f"{len(summary['classes']):,}", "without a class": f"{summary['unlabelled']:,}"}
+    told |= {"captions": f"{summary['captions']:,}"} if summary["options"].get("caption") else {}
+    told |= {"images/s": f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", "left out": f"{len(skipped):,}"}
+    told |= {"damaged": f"{len(damaged):,}"} if damaged else {}
     for name, value in told.items():
-        table.add_row(name, f"{value:,}")
+        table.add_row(name, value)
     console.print(table)
+    if summary["classes"] == ["."]:
+        console.print("no image is in a sub-folder, so all are of one class")
     for listed, what in ((skipped, "left out {} unreadable:"), (damaged, "kept {} damaged, which decode in part:")):
         if listed:
             console.print(what.format(len(listed)))
             for each in listed[:20]:
-                console.print(f"  {each['path']}: {each['reason']}", markup=False)
-            console.print(f"all of it: {out}/{SUMMARY}", markup=False)
+                console.print(f"  {each['path']}: {each['reason']}")
+    if passed := summary["passed_over"]:
+        console.print(said_of(passed))
+        for kind, each in passed.items():
+            more = ", …" * (each["count"] > 10)
+            console.print(f"  {kind}: {', '.join(each['names'][:10])}{more}")
+    if skipped or damaged or passed:
+        console.print(f"all of it: {out}/{SUMMARY}")
 
 
 def run_command(convert: Callable[[], None]) -> None:

@@ -1,8 +1,10 @@
 """Streamed image data: MDS shards to uint8 images and batches, augmented by (seed, epoch, sample) alone."""
 
+import hashlib
+import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from random import Random
@@ -22,9 +24,11 @@ from rae.data.reader import (
     DataError,
     ImageStream,
     Shards,
+    about,
     shard_fault,
     size_fault,
 )
+from rae.data.shards import content_hash
 from rae.survival.storage import is_remote, reason
 
 
@@ -79,7 +83,7 @@ def _batch_memory(shape: tuple[int, ...]) -> Tensor:
 
 
 class ImageDataset(Shards):
-    """MDS shards of encoded images (columns ``image``: bytes, ``label``: int) as uint8 tensors.
+    """MDS shards of encoded images (columns as :mod:`rae.data.columns` finds them) as uint8 tensors.
 
     Args:
         transform: bytes and a random generator -> uint8 (3, S, S). The generator is seeded by
@@ -185,7 +189,7 @@ class ImageDataset(Shards):
         except PermissionError as error:
             raise DataError(f"{self.files[shard_id]} cannot be read: {error.strerror}") from error
         known = {
-            "label": int(sample.get("label", -1)),
+            "label": sample.get("label", -1),
             "index": sample_id,
             "name": sample.get("path", f"sample {sample_id}"),
             "stream": self._streams[shard_id],
@@ -235,8 +239,9 @@ def _check_streams(dataset: ImageDataset) -> None:
         dataset.streams, dataset.shard_offset_per_stream, dataset.shards_per_stream, strict=True
     ):
         folder = os.path.join(stream.local, stream.split)
-        if not {"image", "latent"} & set(dataset.shards[first].column_names):
-            raise DataError(f"{folder}/index.json: there is no column 'image', so these shards hold no images")
+        for shard in dataset.shards[first : first + count]:
+            with about(f"{stream.remote or folder}/index.json"):
+                shard.roles  # noqa: B018 - raises where there is no image
         if stream.remote:
             continue
         if dataset.cache_limit:
@@ -255,6 +260,15 @@ def _check_present(folder: str, shard: Any) -> None:
     for file in present:
         if fault := size_fault(file, listed[file]):
             raise DataError(f"{fault}; restore it from a copy or convert again")
+
+
+def content_of(shards: Sequence[Any]) -> str:
+    """A hash that changes with what these shards hold."""
+    if all(shard.raw_data.hashes for shard in shards):
+        return content_hash([{"raw_data": {"hashes": shard.raw_data.hashes}} for shard in shards])
+    # Written by another program, without hashes.
+    held = [[shard.raw_data.basename, shard.raw_data.bytes, shard.samples] for shard in shards]
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
 def indexed(images: ImageDataset, limit: int | None = None) -> Subset:

@@ -16,7 +16,8 @@ from rae.config.errors import UserError, first_line
 from rae.data.dataset import ImageDataset, open_dataset
 from rae.data.decoding import Transform, eval_transform
 from rae.data.formats import open_image
-from rae.data.listing import ImageFolder, is_image, list_images
+from rae.data.kinds import is_image
+from rae.data.listing import ImageFolder, list_images
 from rae.data.loaders import start_worker
 from rae.data.pixels import Background
 from rae.data.reader import BadSampleError, DataError
@@ -155,7 +156,7 @@ def _open_shards(path: str, image_size: int, cache: str | Path | None, transform
     local = of_first_rank(str(cache or (temporary.name if temporary else "")))  # Streaming wants the same on all
     with opening([local if is_remote(path) else path], f"cannot open {path!r}"):
         images = open_dataset(path, local, transform=transform, seed=0)
-    if any("image" not in shard.column_names for shard in images.shards):
+    if any("image" not in shard.roles.values() for shard in images.shards):
         raise UserError(f"{path!r} holds latents without images")
     return _Shards(images, image_size, temporary)
 

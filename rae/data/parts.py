@@ -42,6 +42,8 @@ class Options:
         hashes: of shards, in alphabetical order.
         keep_order: write in the source's order instead of a fixed shuffled one.
         overwrite: replace an existing data set, or an unfinished one.
+        no_labels: store none (−1), whatever the source says.
+        caption: what of the source is kept as a column ``caption``, as the source names it.
     """
 
     out: str
@@ -55,6 +57,8 @@ class Options:
     hashes: tuple[str, ...] = ("xxh64",)
     keep_order: bool = False
     overwrite: bool = False
+    no_labels: bool = False
+    caption: str | None = None
 
     def content(self) -> dict[str, Any]:
         """The options that decide what the shards hold."""
@@ -204,8 +208,12 @@ def finish(
     classes: list[str],
     options: dict[str, Any],
     seconds: float,
+    passed_over: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Join the parts' records into ``index.json`` and ``dataset.json``; returns what the latter holds.
+
+    Args:
+        passed_over: what a listing did not look at, see :class:`rae.data.kinds.Aside`.
 
     Raises:
         UserError: there is no sample in them.
@@ -219,13 +227,17 @@ def finish(
         reason = f": {left_out['path']} ({left_out['reason']})" if left_out else ""
         raise UserError(f"none of the images could be read{reason}")
     shards = [shard for record in records for shard in record["shards"]]
+    numbered = [counts[str(label)] for label in range(len(classes))]
     summary = {
         "images": sum(counts.values()),
         "bytes": sum(record["bytes"] for record in records),
         "classes": classes,
-        "counts": [counts[str(label)] for label in range(len(classes))],
+        "counts": numbered,
+        "unlabelled": sum(counts.values()) - sum(numbered),
         "skipped": [skip for record in records for skip in record["skipped"]],
         "damaged": [each for record in records for each in record.get("damaged", [])],
+        "captions": sum(record.get("captions", 0) for record in records),
+        "passed_over": passed_over or {},
         "options": options,
         "seconds": round(seconds, 2),
         "content_hash": content_hash(shards),

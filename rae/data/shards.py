@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from streaming.base.format import reader_from_json
-
 from rae.config.errors import UserError, first_line
+from rae.data.reader import Reader, about
 from rae.survival.storage import RemoteFolder, is_remote, on_disk, saying
 
 INDEX, SUMMARY, RECORDS = "index.json", "dataset.json", "conversion"
@@ -75,8 +74,8 @@ class Place:
             return {**plan, "resumed": False}
         if any(begun.get(key) != plan[key] for key in ("source", "options")):
             raise UserError(
-                f"{self.here} holds an unfinished conversion of other images or with "
-                "other options; finish that one, or start anew with --overwrite"
+                f"{self.here} holds an unfinished conversion of other images or with other options, or of files that "
+                "have changed since; finish that one, or start anew with --overwrite"
             )
         return {**begun, "resumed": True}
 
@@ -136,14 +135,18 @@ def read_index(url: str) -> dict[str, Any]:
     """The content of a data set's ``index.json``.
 
     Raises:
-        UserError: there is none, or it is no index.
+        UserError: there is none, or it is no index, or a column can run code.
     """
     name = f"{url.rstrip('/')}/{INDEX}"
     try:
         index = _read(name)
         if index is None:
             raise UserError(f"there is no {name}, so it is no finished MDS data set")
-        [reader_from_json("", None, shard) for shard in index["shards"]]
+        with about(name):
+            for shard in index["shards"]:
+                if shard["format"] != "mds":
+                    raise UserError(f"shards of the format {shard['format']!r} are not read; MDS is")
+                Reader.from_json("", None, shard)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}") from error
     return index

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streaming.base.compression import decompress
-from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import FileInfo
 
 from rae.config.errors import first_line
 from rae.data.decoding import decode_and_judge
 from rae.data.parts import Job, Options, run_parts
-from rae.data.reader import Reader, shard_fault
+from rae.data.reader import Reader, about, shard_fault
 from rae.data.shards import INDEX, Place, read_index, summary_faults
 from rae.survival.storage import on_disk
 
@@ -28,9 +27,12 @@ def verify(url: str, workers: int = Options.workers) -> Verdict:
     """Compare every shard with its hashes and decode every image.
 
     Raises:
-        UserError: there is no index.json, or it is no index.
+        UserError: there is no index.json, or it is no index, or there are no images.
     """
     index = read_index(url)
+    with about(url):
+        for shard in index["shards"]:
+            Reader.from_json("", None, shard).roles  # noqa: B018 - raises where there is no image
     faults = summary_faults(url, index)
     job = Job((url, index["shards"]), Options(url, workers=workers), Place(url), 0, len(index["shards"]), 1, False)
     sound, damaged = 0, []
@@ -60,7 +62,7 @@ def _judge_shard(url: str, shard: dict[str, Any], folder: str) -> Verdict:
         path = Path(folder, "raw")
         path.write_bytes(raw)
     here = {**shard, "raw_data": {**shard["raw_data"], "basename": path.name}}
-    reader = Reader.of(reader_from_json(str(path.parent), None, here))
+    reader = Reader.from_json(str(path.parent), None, here)
     return _judge_images(reader, name)
 
 
@@ -71,7 +73,8 @@ def _judge_images(reader: Reader, name: str) -> Verdict:
         try:
             sample = reader[i]
             # Beside latents, images are arrays.
-            damage = decode_and_judge(sample["image"])[1] if isinstance(sample.get("image"), memoryview) else ""
+            image = sample.get("image")
+            damage = decode_and_judge(image)[1] if isinstance(image, bytes | memoryview) else ""
             if damage:
                 damaged.append(f"{name}: number {i} ({sample.get('path', 'no path')}) decodes in part: {damage}")
         except Exception as error:

@@ -173,6 +173,10 @@ class DiffusionModel(RunModel, ComposerModel):
         return self.generator.autoencoder.network  # type: ignore[return-value]
 
     @property
+    def needs_labels(self) -> bool:  # type: ignore[override]
+        return bool(self.generator.num_classes)
+
+    @property
     def activation_checkpointing(self) -> bool:  # type: ignore[override]
         return any(getattr(block, "checkpointing", False) for block in self.generator.network.modules())
 

@@ -18,9 +18,10 @@ from rae.autoencoder.layers import Frozen
 from rae.config.arguments import build
 from rae.config.errors import UserError
 from rae.config.sections import Config, Model
-from rae.data.dataset import Batcher, ImageDataset, indexed, open_dataset
+from rae.data.dataset import Batcher, ImageDataset, content_of, indexed, open_dataset
 from rae.data.decoding import eval_transform
 from rae.data.images import batches, with_bar
+from rae.data.labels import MOST
 from rae.data.loaders import start_worker
 from rae.data.parts import Job, Options, PartWriter, finish
 from rae.data.shards import RECORDS, Place, class_names
@@ -154,7 +155,7 @@ def _begin(
     plan: Any = None
     if rank() == 0:
         try:
-            source = f"{images.streams[0].remote or images.streams[0].local} {images.size}"
+            source = f"{images.streams[0].remote or images.streams[0].local} {content_of(images.shards)}"
             plan = place.begin({"source": source, "options": content, "part": part}, options.overwrite)
         except UserError as error:
             plan = error
@@ -269,7 +270,7 @@ def _finish(job: Job, source: str, content: dict[str, Any], seconds: float) -> d
 
 
 def _names(source: str, records: list[dict[str, Any]]) -> list[str]:
-    """What labels are called: what the images' data set says, or their numbers."""
+    """What labels are called: what the images' data set says, or their numbers where a list can hold them."""
     count = 1 + max(int(label) for record in records for label in record["counts"])
     known = class_names([source])
-    return known if len(known) >= count else [str(label) for label in range(count)]
+    return known if len(known) >= count else [str(label) for label in range(count if count <= MOST else 0)]

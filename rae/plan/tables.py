@@ -16,17 +16,17 @@ size = partial(decimal, precision=2)
 
 def show(plan: dict[str, Any], console: Console | None = None) -> None:
     """Print everything."""
-    console = console or Console()
+    console = console or Console(emoji=False)
     microbatches = f"{plan['microbatches']} × {plan['microbatch']} images" if plan["microbatches"] > 1 else "at once"
     console.print(
-        f"[bold]{plan['run']}[/]: {plan['gpus']} GPU{'s' if plan['gpus'] > 1 else ''}, batch {plan['batch']} "
-        f"({microbatches} a GPU), {plan['precision']}; encoder: {plan['encoder']}; no weights were loaded"
+        f"[bold]{escape(plan['run'])}[/]: {plan['gpus']} GPU{'s' if plan['gpus'] > 1 else ''}, batch {plan['batch']} "
+        f"({microbatches} a GPU), {plan['precision']}; encoder: {escape(plan['encoder'])}; no weights were loaded"
     )
     for table in (_networks(plan), _phases(plan), _data(plan), _memory(plan), _hours(plan)):
         console.print(table)
-    console.print(_checkpoints(plan["checkpoints"]))
+    console.print(_checkpoints(plan["checkpoints"]), markup=False)
     for each in plan["measured"]:
-        console.print(_measured(each))
+        console.print(_measured(each), markup=False)
 
 
 def _networks(plan: dict[str, Any]) -> Table:
@@ -68,10 +68,14 @@ def _data(plan: dict[str, Any]) -> Table:
     _right(table, 1, 4)
     for each in plan["data"]:
         if each["fault"]:
-            table.add_row(each["name"], UNKNOWN, UNKNOWN, UNKNOWN, escape(f"{each['path']}: {each['fault']}"))
+            table.add_row(escape(each["name"]), UNKNOWN, UNKNOWN, UNKNOWN, escape(f"{each['path']}: {each['fault']}"))
         else:
             table.add_row(
-                each["name"], f"{each['images']:,}", f"{each['shards']:,}", size(each["bytes"]), escape(each["path"])
+                escape(each["name"]),
+                f"{each['images']:,}",
+                f"{each['shards']:,}",
+                size(each["bytes"]),
+                escape(each["path"]),
             )
     return table
 

@@ -8,6 +8,7 @@ import errno
 import functools
 import importlib
 import os
+import posixpath
 import re
 import secrets
 import tempfile
@@ -276,3 +277,21 @@ def _check_client(scheme: str, url: str) -> None:
 def is_remote(path: str) -> bool:
     """Whether a path is a URL (``s3://…``) rather than a local one."""
     return "://" in path
+
+
+def canonical(path: str) -> str:
+    """The one spelling of a place: local without links, ``~`` and dots; a URL without doubled slashes and dots."""
+    if not is_remote(path):
+        return os.path.realpath(os.path.expanduser(path))
+    scheme, _, rest = path.partition("://")
+    bucket, _, key = rest.partition("/")
+    return f"{scheme.lower()}://{bucket.lower()}{posixpath.normpath('/' + key.lstrip('/'))}".rstrip("/")
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two paths lead to the same file or folder, however they are spelled."""
+    if canonical(one) == canonical(other):
+        return True
+    with contextlib.suppress(OSError):  # a mount can show a folder twice, and a disk can ignore case
+        return os.path.samefile(os.path.expanduser(one), os.path.expanduser(other))
+    return False

@@ -11,8 +11,9 @@ from rae.config.composer import NEEDED
 from rae.config.errors import UserError
 from rae.config.registry import import_plugins
 from rae.config.sections import Config, Model
+from rae.data.shards import INDEX
 from rae.survival.processes import world_size
-from rae.survival.storage import can_delete, is_remote
+from rae.survival.storage import can_delete, is_remote, same_place
 from rae.training.parallelism import check_sharding
 from rae.training.together import check_together
 from rae.training.trainer_keys import check_trainer
@@ -38,7 +39,7 @@ def check_data(config: Config) -> None:
     if data.eval is None and (config.metrics or data.evals):
         raise UserError("metrics: there is nothing to evaluate them on; set data.eval.path")
     for key, source in data.evaluation.items():
-        same = next((name for name, trained in data.training.items() if trained.path == source.path), None)
+        same = next((name for name, trained in data.training.items() if _same_data(trained.path, source.path)), None)
         if same:
             raise UserError(f"{key}.path: it is {same}.path too; evaluation needs images of its own")
         known = [*config.metrics, *(["discriminator"] if "adversarial" in config.algorithms else [])]
@@ -50,6 +51,10 @@ def check_data(config: Config) -> None:
             raise UserError(f"data.evals.{name}: give it another name, of letters and digits")
     for key, source in {**data.training, **data.evaluation}.items():
         _check_path(key, source.path)
+
+
+def _same_data(one: str | None, other: str) -> bool:
+    return one is not None and (same_place(one, other) or same_place(f"{one}/{INDEX}", f"{other}/{INDEX}"))
 
 
 def _check_path(key: str, path: str) -> None:

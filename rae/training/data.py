@@ -1,8 +1,6 @@
 """A run's data: what its configuration names, opened, as loaders and evaluators."""
 
-import hashlib
 import inspect
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -15,10 +13,11 @@ from rae.algorithms.ema import LIVE_SUFFIX
 from rae.config.errors import UserError
 from rae.config.registry import find
 from rae.config.sections import Config, Data, Model, TrainData
-from rae.data.dataset import ImageDataset, indexed, open_stream
+from rae.data.columns import unnumbered
+from rae.data.dataset import ImageDataset, content_of, indexed, open_stream
 from rae.data.decoding import Transform, eval_transform, flipping, train_transform
 from rae.data.loaders import Ledger, eval_loader, train_loader
-from rae.data.shards import class_names, content_hash
+from rae.data.shards import class_names
 from rae.evaluation.frechet import Reference, refer
 from rae.model import RunModel
 from rae.survival.processes import of_first_rank, opening, rank, world_size
@@ -94,10 +93,14 @@ def fit_data(model: RunModel, loader: Any, begins: bool) -> None:
         UserError: it cannot.
     """
     dataset = loader.dataset
-    if model.needs_images and any("image" not in shard.column_names for shard in dataset.shards):
+    if model.needs_images and any("image" not in shard.roles.values() for shard in dataset.shards):
         raise UserError(
             "data.train: it holds latents without images; convert/latents_to_mds.py stores both --with-images"
         )
+    if fault := model.needs_labels and next(
+        filter(None, (unnumbered(shard.columns) for shard in dataset.shards)), None
+    ):
+        raise UserError(f"data.train: {fault}; convert again with them, or set model.diffusion.num_classes: 0")
     if begins:
         batcher, dataset.batcher = dataset.batcher, None  # which belongs to the loader
         said = model.check_data(indexed(dataset))
@@ -119,12 +122,6 @@ def record_of(config: Config, loader: Any) -> dict[str, Any]:
         {images: a hash of their content, order: what a place in an epoch goes by}.
     """
     data = config.data
-    shards = loader.dataset.shards
-    if all(shard.raw_data.hashes for shard in shards):
-        images = content_hash([{"raw_data": {"hashes": shard.raw_data.hashes}} for shard in shards])
-    else:  # written by another program, without hashes
-        held = [[shard.raw_data.basename, shard.raw_data.bytes, shard.samples] for shard in shards]
-        images = hashlib.sha256(json.dumps(held).encode()).hexdigest()
     order = {
         "seed": config.seed,
         "data.num_canonical_nodes": data.num_canonical_nodes,
@@ -134,7 +131,7 @@ def record_of(config: Config, loader: Any) -> dict[str, Any]:
     for where, source in data.training.items():
         for key, value in source.model_dump(include={"proportion", "repeat", "choose"}, exclude_none=True).items():
             order[f"{where}.{key}"] = value
-    return {"images": images, "order": order}
+    return {"images": content_of(loader.dataset.shards), "order": order}
 
 
 def open_eval(config: Config, where: str) -> ImageDataset | None:
