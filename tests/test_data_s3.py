@@ -1,6 +1,11 @@
 """Conversion from and to a bucket, verification there, and streaming from it, on a real S3 server."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +14,7 @@ from rae.data.dataset import open_dataset
 from rae.data.decoding import train_transform
 from rae.data.loaders import train_loader
 from rae.data.reader import DataError
-from tests.conftest import write_images
+from tests.conftest import PATIENCE, ROOT, write_images
 from tests.s3 import BUCKET
 from tests.test_convert import FOLDER, VERIFY, convert
 
@@ -116,3 +121,50 @@ def test_a_shard_that_is_gone_from_the_bucket_is_named_at_once(converted, client
             dataset[0]
     finally:
         client.put_object(Bucket=BUCKET, Key=key, Body=content)
+
+
+def test_four_machines_convert_into_a_bucket_together(client, s3, tmp_path):
+    """Each a part, one of them killed twice and started again; the last to end finishes what one machine makes."""
+    root, url = write_images(tmp_path / "images/a", 120), f"s3://{BUCKET}/together"
+    (tmp_path / "images/b").mkdir()
+    for path in list(root.iterdir())[::2]:
+        path.rename(tmp_path / "images/b" / path.name)
+    words = [sys.executable, FOLDER, str(tmp_path / "images"), url, "--workers=1", "--shard-size=4kb"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def begin(part: int) -> subprocess.Popen:
+        return subprocess.Popen([*words, f"--part={part}/4"], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+
+    def written(part: int) -> int:
+        names = [Path(key).stem for key in s3.keys("together/conversion/0")]
+        return sum(int(name) % 4 == part - 1 for name in names)
+
+    ended = begin(1)
+    assert "this part is written; the last of the others to end finishes the data set" in ended.communicate()[0]
+    for known in (0, 1):  # of the second part's records
+        killed = begin(2)
+        end = time.monotonic() + PATIENCE
+        while written(2) <= known:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        killed.kill()
+        killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+    others = [begin(part) for part in (2, 3, 4)]
+    told = [other.communicate()[0] for other in others]
+    assert [other.returncode for other in others] == [0, 0, 0]
+    assert sum("120 images, 2 classes" in each for each in told) >= 1
+    convert(FOLDER, tmp_path / "images", tmp_path / "alone", "--shard-size=4kb")
+    alone = {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir() if path.name != "dataset.json"}
+    together = {
+        key.rpartition("/")[2]: client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        for key in s3.keys("together/")
+        if "/conversion/" not in key and not key.endswith("dataset.json")
+    }
+    assert len(alone) > 60
+    assert together == alone
+    summaries = [json.loads((tmp_path / "alone/dataset.json").read_text())]
+    summaries.append(json.loads(client.get_object(Bucket=BUCKET, Key="together/dataset.json")["Body"].read()))
+    assert len({json.dumps({**each, "seconds": 0}) for each in summaries}) == 1
+    refused = convert(FOLDER, tmp_path / "images", url, "--part=5/4", check=False)
+    assert "'5/4': write it as 3/8, of 1/8 to 8/8" in refused.stderr

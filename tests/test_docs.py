@@ -80,7 +80,7 @@ def parsed(words: list[str], monkeypatch) -> argparse.Namespace:
 
 def ours(line: str) -> list[str]:
     """A shell line's words from our own script or module on, or nothing."""
-    words = shlex.split(line, comments=True)
+    words = shlex.split(re.sub(r"\$(\(\(.*?\)\)|SLURM_ARRAY_TASK_COUNT)", "1", line), comments=True)
     if words[:1] == ["srun"]:  # which hands a shell the command
         words = shlex.split(words[-1])
     if "-m" in words and words[words.index("-m") + 1] in MODULES:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, get_args
 
 import numpy as np
@@ -27,7 +28,7 @@ from rae.data.decoding import decode_and_judge, refuse_strip, resize_short_side
 from rae.data.kinds import Aside, said_of
 from rae.data.parts import Job, Options, PartWriter, finish, run_parts, stopping
 from rae.data.pixels import Background
-from rae.data.shards import INDEX, SUMMARY, Place
+from rae.data.shards import INDEX, RECORDS, SUMMARY, Place
 from rae.survival.interrupts import INTERRUPTED, run_interruptibly
 from rae.survival.storage import canonical
 
@@ -74,7 +75,9 @@ def encode(data: bytes, options: Options) -> tuple[bytes, str]:
     return encode_jpeg(image, options.quality).numpy().tobytes(), damage
 
 
-def write_shards(source: ImageSource, options: Options, first: int = 0, last: int | None = None) -> dict[str, Any]:
+def write_shards(
+    source: ImageSource, options: Options, first: int = 0, last: int | None = None
+) -> dict[str, Any] | None:
     """Write ``source`` as MDS shards with columns image (file bytes), label (int), path (str) and caption if asked.
 
     Args:
@@ -82,7 +85,7 @@ def write_shards(source: ImageSource, options: Options, first: int = 0, last: in
 
     Returns:
         what ``dataset.json`` holds: images, bytes, classes, counts, unlabelled, skipped, passed_over, options, seconds,
-        content_hash.
+        content_hash. None while other processes have parts of it to write.
 
     Raises:
         UserError: no images, an existing output, or more unreadable images than ``max_skipped``.
@@ -97,7 +100,7 @@ def write_shards(source: ImageSource, options: Options, first: int = 0, last: in
     place.refuse_existing(options.overwrite)  # before the images are looked at
     plan = {**content, "part": _part_size(source, options, first, last)}
     plan = place.begin(plan, options.overwrite)
-    job = Job(source, options, place, first, last, plan["part"], plan["resumed"])
+    job = Job(source, options, place, first, last, plan["part"], plan["resumed"] or options.part is not None)
     records, skipped = [], []
     for record in run_parts(_image_part, job):
         records.append(record)
@@ -105,9 +108,19 @@ def write_shards(source: ImageSource, options: Options, first: int = 0, last: in
         if len(skipped) > options.max_skipped:
             raise _too_many(skipped, options.max_skipped)
     seconds = time.perf_counter() - began
+    if options.part is not None:
+        found = [job.done(part) or job.place.read(f"{RECORDS}/{part:06}.json") for part in job.parts()]
+        records = [record for record in found if record is not None]
+        if len(records) < len(found):
+            return None
     if options.caption and not any(record["captions"] for record in records):
         raise UserError(f"--caption {options.caption}: no image has such a text")
-    return finish(place, records, classes, options.content(), seconds, source.aside.kinds)
+    try:
+        return finish(place, records, classes, options.content(), seconds, source.aside.kinds)
+    except FileNotFoundError:
+        if options.part is None or not Path(options.out, INDEX).is_file():
+            raise
+        return None  # another part has ended at the same moment, and finished it
 
 
 def _part_size(source: ImageSource, options: Options, first: int, last: int) -> int:
@@ -204,6 +217,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-skipped", type=int, default=0, metavar="N", help="leave out up to N unreadable images (default: 0)"
     )
+    parser.add_argument(
+        "--part",
+        type=_part,
+        metavar="K/N",
+        help="write the K-th of N parts, the others being other processes', on this machine or others; the last to end "
+        "finishes the data set",
+    )
     parser.add_argument("--shard-size", default="64mb", help="largest shard (default: %(default)s)")
     parser.add_argument("--compression", help="compress shards, e.g. zstd (images hardly shrink)")
     parser.add_argument(
@@ -246,6 +266,8 @@ def options_from(arguments: argparse.Namespace) -> Options:
     for algorithm in options.hashes:
         if not is_hash(algorithm):
             raise UserError(f"--hashes: {algorithm!r} is unknown; xxh64, xxh3_128, sha1 and sha256 are some")
+    if options.part and options.overwrite:
+        raise UserError("--part leaves what other parts have written; delete OUT yourself, in the place of --overwrite")
     if options.max_skipped < 0:
         raise UserError(f"--max-skipped must not be negative, but is {options.max_skipped}")
     return options
@@ -269,6 +291,13 @@ def add_val_fraction(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _part(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not slash or not (index.isdigit() and count.isdigit()) or not 1 <= int(index) <= int(count):
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as 3/8, of 1/8 to 8/8")
+    return int(index), int(count)
+
+
 def convert_splits(source: ImageSource, options: Options, val_fraction: float | None) -> None:
     """Convert into ``OUT``, or a random share of the images into ``OUT/val`` and the rest into ``OUT/train``; report.
 
@@ -288,9 +317,12 @@ def convert_splits(source: ImageSource, options: Options, val_fraction: float | 
         report(write_shards(source, into, first, last), into.out)
 
 
-def report(summary: dict[str, Any], out: str) -> None:
+def report(summary: dict[str, Any] | None, out: str) -> None:
     """Print what a conversion did as a table; what was left out, with reasons, as another."""
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    if summary is None:
+        console.print(f"{out}: this part is written; the last of the others to end finishes the data set")
+        return
     skipped, damaged, rate = summary["skipped"], summary["damaged"], summary["images"] / max(summary["seconds"], 0.01)
     console.print(f"{out}: {summary['images']:,} images, {len(summary['classes'])} classes")
     table = Table("", "", show_header=False)

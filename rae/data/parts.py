@@ -25,6 +25,9 @@ from rae.data.loaders import start_worker
 from rae.data.pixels import Background
 from rae.data.shards import RECORDS, Place, content_hash, naming
 
+_HOW = ("out", "workers", "max_skipped", "overwrite", "part")
+"""Options that do not decide what the shards hold."""
+
 
 @dataclass
 class Options:
@@ -44,6 +47,8 @@ class Options:
         overwrite: replace an existing data set, or an unfinished one.
         no_labels: store none (−1), whatever the source says.
         caption: what of the source is kept as a column ``caption``, as the source names it.
+        part: (K, N) writes only each N-th part, from the K-th on, of 1 to N: the rest is other processes', perhaps on
+            other machines; whichever finds all parts written finishes the data set.
     """
 
     out: str
@@ -59,10 +64,11 @@ class Options:
     overwrite: bool = False
     no_labels: bool = False
     caption: str | None = None
+    part: tuple[int, int] | None = None
 
     def content(self) -> dict[str, Any]:
         """The options that decide what the shards hold."""
-        return {k: v for k, v in asdict(self).items() if k not in ("out", "workers", "max_skipped", "overwrite")}
+        return {k: v for k, v in asdict(self).items() if k not in _HOW}
 
 
 def shuffled(positions: np.ndarray, size: int) -> np.ndarray:
@@ -100,6 +106,11 @@ class Job:
         """The numbers of the parts."""
         return range(-(-(self.last - self.first) // self.part_size))
 
+    def own(self) -> range:
+        """Those that this process writes."""
+        index, count = self.options.part or (1, 1)
+        return self.parts()[index - 1 :: count]
+
     def positions(self, part: int) -> range:
         """Where in the order a part's images are."""
         begin = self.first + part * self.part_size
@@ -124,7 +135,7 @@ def run_parts(work: Callable[[Job, int], dict[str, Any]], job: Job) -> Iterator[
     fork = multiprocessing.get_context("fork")  # workers share the open files of a source
     stop = fork.Event()
     with concurrent.futures.ProcessPoolExecutor(job.options.workers, fork, _start, (work, job, stop)) as pool:
-        futures = [pool.submit(_run, part) for part in job.parts()]
+        futures = [pool.submit(_run, part) for part in job.own()]
         try:
             for future in with_bar(concurrent.futures.as_completed(futures), "shards", len(futures)):
                 yield future.result()
