@@ -8,7 +8,7 @@ from composer.loggers import Logger
 
 from rae.algorithms.adversarial import adversarial_last
 from rae.algorithms.base import reached
-from rae.algorithms.features import Features
+from rae.algorithms.feature_loss import FeatureLoss
 from rae.autoencoder.discriminator import SpectralConv
 from rae.autoencoder.losses import (
     LPIPS,
@@ -348,13 +348,13 @@ def test_spectral_convolution_is_torchs(out, kernel):
 @pytest.mark.parametrize("of", ["encoder", "discriminator"])
 def test_a_loss_of_features_reuses_the_network_that_is_there(shards, tmp_path, of):
     settings = tiny_settings(shards, tmp_path / "run")
-    settings["algorithms"]["features"] = {"of": of, "weight": 0.5, "chunk": 3}
+    settings["algorithms"]["feature_loss"] = {"of": of, "weight": 0.5, "chunk": 3}
     settings["trainer"]["max_duration"] = "2ba"
     trainer = train_here(settings)
-    told = [record for record in metrics_of(tmp_path / "run") if "loss/train/features" in record]
+    told = [record for record in metrics_of(tmp_path / "run") if "loss/train/feature_loss" in record]
     assert len(told) == 2
-    assert 0 < told[0]["loss/train/features"] < 2
-    term = next(each for each in trainer.state.algorithms if isinstance(each, Features))
+    assert 0 < told[0]["loss/train/feature_loss"] < 2
+    term = next(each for each in trainer.state.algorithms if isinstance(each, FeatureLoss))
     assert term.networks() == {}
     image = torch.rand(2, 3, 64, 64)
     recon = (image + 0.1 * torch.randn_like(image)).requires_grad_()
@@ -368,5 +368,5 @@ def test_a_loss_of_features_reuses_the_network_that_is_there(shards, tmp_path, o
     else:
         del settings["algorithms"]["adversarial"]
         settings |= {"run_name": "alone", "run_dir": str(tmp_path / "alone")}
-        with pytest.raises(UserError, match=r"algorithms.features: of: discriminator needs algorithms.adversarial"):
+        with pytest.raises(UserError, match=r"algorithms.feature_loss: of: discriminator needs algorithms.adversarial"):
             train_here(settings)

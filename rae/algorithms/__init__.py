@@ -3,7 +3,7 @@
 May import: config, autoencoder.
 """
 
-from rae.algorithms import adversarial, ema, features, perceptual
+from rae.algorithms import adversarial, ema, feature_loss, perceptual
 from rae.algorithms.base import LossTerm, reached
 
-__all__ = ["LossTerm", "adversarial", "ema", "features", "perceptual", "reached"]
+__all__ = ["LossTerm", "adversarial", "ema", "feature_loss", "perceptual", "reached"]

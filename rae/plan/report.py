@@ -18,6 +18,7 @@ from rae.config.errors import UserError, first_line
 from rae.config.loading import load_config
 from rae.config.registry import find
 from rae.config.sections import Config, Model
+from rae.data.images import with_bar
 from rae.plan.clock import Clock
 from rae.plan.data import DataSet, epoch_images, survey
 from rae.plan.gpus import GPU, chosen
@@ -192,19 +193,20 @@ def _simulate(
     configured = checkpointing_of(config)
     wanted = (config.parallelism if len(layouts) > 1 else "ddp", bool(configured))
     memory = {}
-    for parallelism, shards in layouts.items():
-        for checkpointing in (False, True) if configured is not None else (False,):
-            with Simulation(config, clock, shards, checkpointing, latents) as simulation:
-                held = simulation.held()
-                if (parallelism, checkpointing) == ("ddp", wanted[1]):
-                    parameters, saved = simulation.parameters(), simulation.saved()
-                    for phase in phases:
-                        counts = simulation.operations(phase.begin)
-                        phase.gflops = {name: count / 1e9 for name, count in counts.items()}
-                bytes_ = simulation.step(phases[-1].begin, images, several)
-            row = _memory(config, sizes, held, bytes_, buckets=len(layouts) > 1 and parallelism == "ddp")
-            row["configured"] = (parallelism, checkpointing) == wanted
-            memory[f"{parallelism}{', checkpointing' if checkpointing else ''}"] = row
+    checkpointed = (False, True) if configured is not None else (False,)
+    ways = [(parallelism, way) for parallelism in layouts for way in checkpointed]
+    for parallelism, checkpointing in with_bar(ways, "taking steps without data"):
+        with Simulation(config, clock, layouts[parallelism], checkpointing, latents) as simulation:
+            held = simulation.held()
+            if (parallelism, checkpointing) == ("ddp", wanted[1]):
+                parameters, saved = simulation.parameters(), simulation.saved()
+                for phase in phases:
+                    counts = simulation.operations(phase.begin)
+                    phase.gflops = {name: count / 1e9 for name, count in counts.items()}
+            bytes_ = simulation.step(phases[-1].begin, images, several)
+        row = _memory(config, sizes, held, bytes_, buckets=len(layouts) > 1 and parallelism == "ddp")
+        row["configured"] = (parallelism, checkpointing) == wanted
+        memory[f"{parallelism}{', checkpointing' if checkpointing else ''}"] = row
     return parameters, memory, saved
 
 

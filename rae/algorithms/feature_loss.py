@@ -18,8 +18,8 @@ from rae.config.values import Count, NotNegative
 from rae.model import Counted, RunModel
 
 
-@register("algorithm", "features")
-class Features(LossTerm):
+@register("algorithm", "feature_loss")
+class FeatureLoss(LossTerm):
     """Add ``weight`` × (1 − cosine similarity) of an image's tokens and its reconstruction's, a mean over tokens.
 
     What RAEv2 (arXiv 2605.18324) calls a DINO loss, beside LPIPS; its exact form is not published, and this is the
@@ -38,7 +38,7 @@ class Features(LossTerm):
         start: TimeString = "0ep",
         chunk: Count | None = 8,
     ):
-        super().__init__("features", weight, start, chunk=chunk)
+        super().__init__("feature_loss", weight, start, chunk=chunk)
         self.of = of
         self.tokens: Callable[[Tensor], list[Tensor]] | None = None
 
@@ -66,13 +66,13 @@ class Features(LossTerm):
         """
         if self.of == "encoder":
             if not model.reconstructs:
-                raise UserError("algorithms: features is of reconstructions, and a generator makes none")
+                raise UserError("algorithms: feature_loss is of reconstructions, and a generator makes none")
             encoder = model.rae.encoder  # type: ignore[attr-defined]
             self.tokens = lambda image: [encoder(image)]
             return
         found = next((each.discriminator for each in algorithms if isinstance(each, Adversarial)), None)
         if found is None:
-            raise UserError("algorithms.features: of: discriminator needs algorithms.adversarial, which has one")
+            raise UserError("algorithms.feature_loss: of: discriminator needs algorithms.adversarial, which has one")
         self.tokens = lambda image: [
             maps.flatten(2).transpose(1, 2)
             for maps in found.features(resize(image * 2 - 1, found.input_size, mode="bilinear"))
