@@ -123,6 +123,7 @@ def test_a_shard_that_is_gone_from_the_bucket_is_named_at_once(converted, client
         client.put_object(Bucket=BUCKET, Key=key, Body=content)
 
 
+@pytest.mark.long
 def test_four_machines_convert_into_a_bucket_together(client, s3, tmp_path):
     """Each a part, one of them killed twice and started again; the last to end finishes what one machine makes."""
     root, url = write_images(tmp_path / "images/a", 120), f"s3://{BUCKET}/together"
