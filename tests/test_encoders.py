@@ -30,7 +30,6 @@ FAMILIES = {
     "deit": lambda: T.DeiTModel(T.DeiTConfig(**WIDTHS, **SQUARE)),
     "timm:eva02_tiny_patch14_224": None,
     "timm:vit_tiny_patch16_224": None,
-    "timm:vit_base_patch16_siglip_224": None,
     "timm:vit_small_patch16_dinov3": None,
     "timm:vit_pe_core_tiny_patch16_384": None,
 }  # fmt: skip
