@@ -566,3 +566,18 @@ def test_rates_are_never_rounded_to_nothing(seconds, shown, capsys):
     }
     report(summary | {"seconds": seconds}, "out")
     assert shown in capsys.readouterr().out
+
+
+def test_a_part_that_was_given_up_is_not_finished_by_another(tmp_path):
+    write_images(tmp_path / "images/a", 40)
+    (tmp_path / "images/a/000.png").write_bytes(b"damaged")
+    command = [FOLDER, tmp_path / "images", tmp_path / "out"]
+    told = [convert(*command, f"--part={part}/2", check=False) for part in (1, 2, 1, 2)]
+    assert not (tmp_path / "out").exists()
+    assert told[2].returncode == 2
+    assert "1 unreadable image, 0 allowed: a/000.png" in told[2].stderr
+    whole = convert(*command, "--part=1/2", "--max-skipped=1")
+    if "39 images" not in whole.stdout:
+        whole = convert(*command, "--part=2/2", "--max-skipped=1")
+    assert "39 images" in whole.stdout
+    assert (tmp_path / "out/index.json").is_file()

@@ -109,10 +109,12 @@ def write_shards(
             raise _too_many(skipped, options.max_skipped)
     seconds = time.perf_counter() - began
     if options.part is not None:
-        found = [job.done(part) or job.place.read(f"{RECORDS}/{part:06}.json") for part in job.parts()]
-        records = [record for record in found if record is not None]
-        if len(records) < len(found):
+        records = [place.read(f"{RECORDS}/{part:06}.json") for part in job.parts()]
+        if None in records:
             return None
+        skipped = [each for record in records for each in record["skipped"]]
+        if len(skipped) > options.max_skipped:  # a part that was given up for them is not whole
+            raise _too_many(skipped, options.max_skipped)
     if options.caption and not any(record["captions"] for record in records):
         raise UserError(f"--caption {options.caption}: no image has such a text")
     try:
