@@ -61,7 +61,7 @@ class RunModel:
     """Level of the latent noise while training, of which pictures have a row; 0 for none."""
     activation_checkpointing: bool | None = None
     """Whether activations are computed again in the backward pass; to be set. None where there is no such choice."""
-    needs_images: ClassVar[bool] = True
+    needs_images: bool = True
     """Whether a step needs a batch's images where there are its precomputed latents."""
     needs_labels: bool = False
     """Whether a step needs the numbers of the images' classes."""

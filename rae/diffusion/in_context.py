@@ -163,10 +163,11 @@ class InContextDiTDH(LatentTransformer):
     ):
         super().__init__()
         channels, self.grid, _ = latent_shape
-        given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        dim, deep, heads = chosen_sizes(given, SIZES.get(size or ""))
-        wide = {"head_embed_dim": head_embed_dim, "head_depth": head_depth, "head_num_heads": head_num_heads}
-        head_dim, head_deep, head_heads = chosen_sizes(wide, None)
+        standard = SIZES.get(size or "")
+        dim, deep, heads = chosen_sizes(standard, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        head_dim, head_deep, head_heads = chosen_sizes(
+            None, head_embed_dim=head_embed_dim, head_depth=head_depth, head_num_heads=head_num_heads
+        )
         if not 0 <= base_depth <= deep:
             raise ValueError(f"base_depth: {base_depth} is not from 0 (no base head) to {deep}, the depth")
         self.depth, self.base_depth = deep, base_depth

@@ -145,7 +145,7 @@ class DiffusionModel(RunModel, ComposerModel):
             class_names,
         )
         self.repa_weight, self.alignment = repa.weight if repa else 0.0, self._aligned(repa) if repa else None
-        self.needs_images = repa is not None  # type: ignore[misc]
+        self.needs_images = repa is not None
         self.activation_checkpointing = activation_checkpointing
         self.eval_metrics: dict[str, Metric] = {}
         self.seed = self.step = 0

@@ -1,6 +1,5 @@
 """Diffusion transformers on latents: DiT-DH (arXiv 2510.11690) and plain LightningDiT (arXiv 2501.01423)."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ HEAD = (2048, 2, 16)
 """DiT-DH's head, of every size: embed_dim, depth, num_heads."""
 
 
-def chosen_sizes(named: Mapping[str, int | None], standard: tuple[int, int, int] | None) -> tuple[int, int, int]:
-    """Explicit sizes over those of a name.
+def chosen_sizes(standard: tuple[int, int, int] | None, **named: int | None) -> tuple[int, int, int]:
+    """Explicit sizes, as width, depth and heads, over those of a name.
 
     Raises:
         ValueError: one is given by neither; a width that does not divide.
@@ -126,10 +125,11 @@ class DiTDH(LatentTransformer):
     ):
         super().__init__()
         channels, self.grid, _ = latent_shape
-        given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        dim, deep, heads = chosen_sizes(given, SIZES.get(size or ""))
-        wide = {"head_embed_dim": head_embed_dim, "head_depth": head_depth, "head_num_heads": head_num_heads}
-        head_dim, head_deep, head_heads = chosen_sizes(wide, None)
+        standard = SIZES.get(size or "")
+        dim, deep, heads = chosen_sizes(standard, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        head_dim, head_deep, head_heads = chosen_sizes(
+            None, head_embed_dim=head_embed_dim, head_depth=head_depth, head_num_heads=head_num_heads
+        )
         self.depth = deep
         self.s_embedder, self.x_embedder = PatchEmbed(channels, dim), PatchEmbed(channels, head_dim)
         self.s_projector = nn.Linear(dim, head_dim) if dim != head_dim else nn.Identity()
@@ -185,8 +185,8 @@ class LightningDiT(LatentTransformer):
     ):
         super().__init__()
         channels, self.grid, _ = latent_shape
-        given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        dim, deep, heads = chosen_sizes(given, SIZES.get(size or ""))
+        standard = SIZES.get(size or "")
+        dim, deep, heads = chosen_sizes(standard, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         self.x_embedder = PatchEmbed(channels, dim)
         self._embed(dim, num_classes, null_label, absolute_positions, trained_tables)
         self.feat_rope = RotaryPositions(dim // heads, self.grid)

@@ -57,10 +57,11 @@ def settings_of(state: dict[str, Tensor]) -> tuple[tuple[int, int, int], int, di
     return (channels, grid, grid), rows, {"ditdh_in_context" if in_context else "ditdh": read(state)}
 
 
-def _sizes(state: dict[str, Tensor], depth: int, ropes: str, gated: str) -> dict[str, Any]:
+def _sizes(state: dict[str, Tensor], depth: int, ropes: str) -> dict[str, Any]:
+    gated = "blocks.0.mlp.w3.weight" in state
     dim, head_dim = (state[f"{name}.proj.weight"].shape[0] for name in ("s_embedder", "x_embedder"))
     widths = [state[ropes.format(part)].shape[1] for part in ("enc", "dec")]
-    last = f"blocks.0.mlp.{'w3' if gated in state else 'fc2'}.weight"
+    last = f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight"
     return {
         "embed_dim": dim,
         "depth": depth,
@@ -68,7 +69,7 @@ def _sizes(state: dict[str, Tensor], depth: int, ropes: str, gated: str) -> dict
         "head_embed_dim": head_dim,
         "head_depth": _count(state) - depth,
         "head_num_heads": head_dim // widths[1],
-        "mlp_ratio": _ratio(state[last].shape[1], dim, gated in state),
+        "mlp_ratio": _ratio(state[last].shape[1], dim, gated),
     }
 
 
@@ -79,7 +80,7 @@ def _modulated(state: dict[str, Tensor]) -> dict[str, Any]:
     # Of equal widths, the head is of two blocks, as every published one.
     depth = widths.index(head_dim) if dim != head_dim else max(1, len(widths) - 2)
     return {
-        **_sizes(state, depth, "{}_feat_rope.freqs_cos", "blocks.0.mlp.w3.weight"),
+        **_sizes(state, depth, "{}_feat_rope.freqs_cos"),
         "qk_norm": any(key.endswith("q_norm.weight") for key in state),
         "swiglu": "blocks.0.mlp.w3.weight" in state,
         "rms_norm": "blocks.0.norm1.weight" in state,
@@ -91,7 +92,7 @@ def _in_context(state: dict[str, Tensor]) -> dict[str, Any]:
     """The arguments of :class:`rae.diffusion.in_context.InContextDiTDH`; where the base head is, no tensor tells."""
     depth = sum(f"blocks.{i}.adaln_modulation.1.weight" not in state for i in range(_count(state)))
     return {
-        **_sizes(state, depth, "{}_rope.freqs_cos", "blocks.0.mlp.w3.weight"),
+        **_sizes(state, depth, "{}_rope.freqs_cos"),
         "base_depth": min(8, depth) if "base_final_layer.linear.weight" in state else 0,
         "time_tokens": len(state["t_embedder.learnable_tokens"]),
         "class_tokens": len(state["ctx_embedder.learnable_tokens"]),

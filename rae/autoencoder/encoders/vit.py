@@ -81,7 +81,7 @@ class ViT(Encoder):
         return self.taps.joined(self._normed, self.num_prefix_tokens)
 
     def _normed(self, layer: Tensor) -> Tensor:
-        return self.final_norm(layer.flatten(1, -2) if layer.ndim == 4 else layer)
+        return self.final_norm(_flat(layer))
 
     @torch.no_grad()
     def _prefix(self, model: str) -> int:
@@ -90,7 +90,7 @@ class ViT(Encoder):
         self.run(torch.zeros(1, 3, self.input_size, self.input_size, device=device))
         seen = self.taps.seen.pop(self.taps.indices[-1])
         self.taps.seen.clear()
-        more = (seen.flatten(1, -2) if seen.ndim == 4 else seen).shape[1] - self.grid**2
+        more = _flat(seen).shape[1] - self.grid**2
         if more < 0:
             raise ValueError(
                 f"{model}: its blocks put out {more + self.grid**2} tokens, where patches make {self.grid**2}; the "
@@ -100,6 +100,11 @@ class ViT(Encoder):
 
     def save_weights(self, folder: Path) -> str:
         return self.save(folder)
+
+
+def _flat(layer: Tensor) -> Tensor:
+    """(B, N, D), also of blocks that put out (B, h, w, D)."""
+    return layer.flatten(1, -2)
 
 
 def _is_timms(model: str) -> bool:
